@@ -1,0 +1,159 @@
+"""Every configuration key: one dataclass per TOML table. The manager reads these fields; --help prints them.
+
+A field is `key(default, help, ...)`. "Work it out" is -1 for numbers; where "none" is a choice it is spelt.
+A speculator family's own keys are in its Config dataclass, in its own file.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+def key(default, help: str, choices: tuple = (), minimum: float | None = None, above: float | None = None, maximum: float | None = None):
+    """A configuration key. `minimum`, `maximum` (inclusive) and `above` (exclusive) bound numbers, or each number of a list."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Job:
+    config_file: str = key("", "TOML file with these tables; command-line flags win over it")
+    dump_folder: str = key("outputs", "folder of this run: config.toml, metrics.jsonl, checkpoints/, export/, report.json")
+    run_name: str = key("", "name of the run in loggers")
+    seed: int = key(42, "seed of initialisation, sample order and sampling", minimum=0)
+    deterministic: bool = key(False, "use deterministic kernels only: the same run gives the same bits")
+    threads: int = key(-1, "CPU threads of this process; -1 leaves PyTorch's choice", minimum=-1)
+    traceback: bool = key(False, "show the traceback of a user's mistake as well")
+
+
+@dataclass
+class Base:
+    arch: str = key("embedllama", "architecture of the base model", choices=("embedllama",))
+    variant: str = key("auto", "a registered variant (7b, 8b, 70b, ...); auto reads config.json in base.path")
+    path: str = key("", "folder in Hugging Face layout: config.json, safetensors, tokenizer; spectitan:NAME is one that ships")
+    init: str = key("pretrained", "weights from base.path, or random (only config.json and tokenizer are read)", choices=("pretrained", "random"))
+    freeze: bool = key(True, "keep the base as it is; false trains it")
+
+
+@dataclass
+class Parallelism:
+    sharding_strategy: str = key("none", "none: one process; fsdp: parameters sharded over all processes", choices=("none", "fsdp"))
+
+
+@dataclass
+class Data:
+    path: str = key("", "file or folder of text; python:stdlib is the running Python's standard library source")
+    format: str = key("auto", "text: each file is a document; jsonl: one JSON object a line; auto: by suffix", choices=("auto", "text", "jsonl"))
+    suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads")
+    text_column: str = key("text", "JSONL key that holds the text")
+    datasets: list[str] = key([], "sub-folders of data.path to use, each one dataset; empty: all of data.path as one dataset")
+    weights: list[float] = key([], "share of tokens of each of data.datasets, any positive numbers, 0 leaves one out; empty: by size", minimum=0)
+    seq_length: int = key(2048, "tokens in a sample", minimum=2)
+    holdout: float = key(0.0, "share of files (text) or lines (jsonl) held out for evaluation, chosen by hash", minimum=0, maximum=0.5)
+    val_path: str = key("", "file or folder of evaluation text; empty: the held-out share")
+    on_invalid: str = key("error", "undecodable text: stop, or skip it, name it and count it", choices=("error", "skip"))
+    drop_overlap: str = key("", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted")
+    cache_dir: str = key("", "folder of tokenised shards; empty: ~/.cache/spectitan (or $SPECTITAN_CACHE)")
+    processes: int = key(-1, "processes that tokenise; -1: one a core", minimum=-1)
+    loader_workers: int = key(0, "processes that read samples during training; 0: the trainer itself", minimum=0)
+
+
+@dataclass
+class Training:
+    num_steps: int = key(-1, "optimizer steps of the whole run; -1: from training.epochs", minimum=-1)
+    epochs: float = key(-1.0, "passes over the data, if num_steps is -1", minimum=-1)
+    global_batch_size: int = key(-1, "samples in an optimizer step, over all ranks; -1: micro_batch_size times ranks", minimum=-1)
+    micro_batch_size: int = key(8, "samples in one forward of one rank", minimum=1)
+    compute_dtype: str = key("auto", "auto: bfloat16 where the hardware is fast at it, else float32; masters stay float32", choices=("auto", "bfloat16", "float32", "float64"))
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; 0: no clipping", minimum=0)
+
+
+@dataclass
+class Objective:
+    loss: str = key("ce", "ce: cross-entropy against the text; kl_div: KL divergence to the base's distribution", choices=("ce", "kl_div"))
+    chunk_rows: int = key(-1, "rows of logits alive at once; -1: as many as keep a chunk near 16 MB", minimum=-1)
+
+
+@dataclass
+class Optimizer:
+    name: str = key("adamw", "optimizer", choices=("adamw",))
+    lr: float = key(1e-3, "peak learning rate", above=0)
+    betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of the first and second moment", minimum=0, maximum=1)
+    eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = key(0.1, "AdamW's decoupled weight decay, of matrices only", minimum=0)
+
+
+@dataclass
+class LRScheduler:
+    type: str = key("cosine", "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule", choices=("linear", "cosine", "constant", "two_stage"))
+    warmup_steps: int = key(-1, "steps of linear warm-up; -1: 5% of the run, at most 2000", minimum=-1)
+    decay_ratio: float = key(1.0, "linear and cosine: share of the run, at its end, in which the rate decays; before it is constant", above=0, maximum=1)
+    min_lr_ratio: float = key(0.0, "linear and cosine: last learning rate over the peak", minimum=0, maximum=1)
+    num_cosine_cycles: float = key(0.5, "cosine: number of waves; 0.5 falls once from the peak to the minimum", above=0)
+    stage2_start_step: int = key(-1, "two_stage: step at which the second stage's schedule begins; -1: no second stage", minimum=-1)
+
+
+@dataclass
+class Checkpoint:
+    interval: int = key(1000, "steps between checkpoints; one is always written at the end", minimum=1)
+    load_path: str = key("", "checkpoint, or folder of checkpoints, to start from if this run has none of its own")
+    resume: str = key("auto", "auto: go on from this run's newest valid checkpoint; never: move the old folder aside and start anew", choices=("auto", "never"))
+    keep_latest_k: int = key(2, "checkpoints kept; 0: all", minimum=0)
+
+
+@dataclass
+class Metrics:
+    report_interval: int = key(10, "steps between reports", minimum=1)
+    loggers: list[str] = key(["tensorboard"], "beside the console and metrics.jsonl", choices=("tensorboard",))
+    dir: str = key("", "folder of the loggers' files; empty: dump_folder/tensorboard")
+
+
+@dataclass
+class Compile:
+    enabled: str = key("auto", "torch.compile of blocks: auto where a C++ compiler (CPU) or a GPU is found", choices=("auto", "true", "false"))
+
+
+@dataclass
+class Eval:
+    interval: int = key(0, "steps between evaluations; 0: only at the end", minimum=0)
+    at_end: bool = key(True, "measure acceptance and speed after the last step and write report.json")
+    prompts: str = key("spectitan:pystdlib", "prompts file: JSON lines {\"tokens\": [ids]} or {\"text\": ...}; spectitan:NAME ships; none: held-out loss only")
+    num_prompts: int = key(-1, "prompts used of the file; -1: all", minimum=-1)
+    max_new_tokens: int = key(128, "tokens generated for each prompt", minimum=1)
+    temperature: float = key(0.0, "0: greedy", minimum=0)
+    batch_size: int = key(8, "prompts decoded together when acceptance is measured; speed is measured at batch 1", minimum=1)
+    speed_prompts: int = key(20, "prompts, of those, on which speed is measured; -1: all", minimum=-1)
+    loss_samples: int = key(64, "held-out samples for loss and accuracy per head; 0: none", minimum=0)
+    num_draft_tokens: int = key(-1, "tokens drafted in a round; -1: as many as the speculator was trained for", minimum=-1)
+
+
+@dataclass
+class Export:
+    format: str = key("auto", "auto: the family's first; mlp_speculator: IBM's layout; hf: the base in Hugging Face layout; none", choices=("auto", "mlp_speculator", "hf", "none"))
+    path: str = key("", "folder to write; empty: dump_folder/export")
+    base_name: str = key("", "name of the base that the folder carries; empty: _name_or_path of its config, else its folder's name")
+
+
+@dataclass
+class Generate:
+    prompt: str = key("", "text to continue")
+    prompt_file: str = key("", "file with one prompt a line")
+    max_new_tokens: int = key(128, "tokens to generate", minimum=1)
+    temperature: float = key(0.0, "0: greedy", minimum=0)
+    top_k: int = key(0, "sample from the k most likely tokens; 0: all", minimum=0)
+    batch_size: int = key(1, "prompts decoded together", minimum=1)
+
+
+@dataclass
+class Prepare:
+    show: int = key(1, "samples printed, with the tokens that are supervised marked", minimum=0)
+    tokenizer_vocab_size: int = key(0, "train a byte-level BPE tokenizer of this size on the data and write it into base.path; 0: use the one there", minimum=0)
+
+
+@dataclass
+class SpeculatorSelection:
+    """The two speculator keys that every family has; the manager merges them with the chosen family's Config."""
+
+    type: str = key("mlp", "family of the drafter; none trains the base alone")
+    path: str = key("", "trained speculator (evaluate, generate, export): an exported folder, a checkpoint, or a dump_folder")

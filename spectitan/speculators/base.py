@@ -1,0 +1,122 @@
+"""What every drafter is: the interface of trainer, decoder and export, and the one alignment of targets."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spectitan.models.kv_cache import KVCache
+from spectitan.models.readout import Readout
+from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
+
+# pick(logits [batch, vocab] , step) -> (tokens int64 [batch], probabilities float32 [batch, vocab] or None when greedy).
+# A family that drafts k tokens in one pass calls it with logits [batch, k, vocab] and slice(0, k).
+Pick = Callable[[Tensor, int | slice], tuple[Tensor, Tensor | None]]
+
+
+def align_targets(batch: TokenBatch, steps: int, lookahead: int = 1, keep: Tensor | None = None) -> Targets:
+    """The supervised pairs: state row t at step k predicts token t + 1 + lookahead + k.
+
+    A drafter has `lookahead = 1`, because the base itself has already predicted token t + 1; the base's own loss has 0.
+    A pair is valid if state and target lie in one document and the target is supervised. Runs on the host; no other code
+    shifts tokens or reads `loss_mask`.
+
+    Args:
+        batch: tokens on the CPU.
+        steps: number of steps (heads).
+        keep: bool [batch, seq, steps], a family's own choice among (state row, step) pairs; None keeps all.
+    """
+    documents, loss_mask = batch.document_ids, batch.loss_mask
+    batch_size, length = documents.shape
+    teacher, state, step, row_in_batch = [], [], [], []
+    for k in range(steps):
+        distance = 1 + lookahead + k  # from state row to target
+        if distance >= length:
+            break
+        valid = loss_mask[:, distance:] & (documents[:, distance:] == documents[:, :-distance]) & (documents[:, distance:] >= 0)
+        if keep is not None:
+            valid = valid & keep[:, : length - distance, k]
+        rows, columns = valid.nonzero(as_tuple=True)
+        state.append(rows * length + columns)
+        teacher.append(state[-1] + distance - 1)
+        step.append(torch.full_like(rows, k))
+    if not state:
+        empty = torch.empty(0, dtype=torch.int64)
+        return Targets(empty, empty, empty, torch.zeros(steps, dtype=torch.int64))
+    teacher, state, step = torch.cat(teacher), torch.cat(state), torch.cat(step)
+    order = torch.argsort(teacher, stable=True)
+    return Targets(teacher[order], state[order], step[order], torch.bincount(step, minlength=steps))
+
+
+def last_row(rows: Tensor, counts: Tensor) -> Tensor:
+    """[batch, m, ...] -> [batch, ...]: the last real row of each sequence, the first where counts is 0."""
+    return rows[torch.arange(len(rows), device=rows.device), (counts - 1).clamp_min(0)]
+
+
+def collect_loss(total: Tensor, row_stats: Tensor, targets: Targets, rows: int) -> Loss:
+    """Sums per-row statistics by step and adds the count of pairs that are right at all steps so far.
+
+    Args:
+        total: [] weighted, normalised loss.
+        row_stats: [N, 3 or more] loss, correct (0 or 1), alpha, then a family's own columns.
+        targets: the N pairs, on the device of row_stats.
+        rows: batch * seq.
+    """
+    steps = len(targets.counts)
+    right_so_far = torch.ones(rows, steps, dtype=row_stats.dtype, device=row_stats.device)  # unsupervised steps do not count against
+    right_so_far[targets.state, targets.step] = row_stats[:, 1]
+    right_so_far = right_so_far.cumprod(1)[targets.state, targets.step]
+    columns = torch.cat([row_stats[:, :3], right_so_far[:, None], row_stats[:, 3:]], 1)
+    sums = torch.zeros(steps, columns.shape[1], dtype=columns.dtype, device=columns.device)
+    return Loss(total, sums.index_add_(0, targets.step, columns), targets.counts)
+
+
+class Speculator(nn.Module):
+    """A drafter. A subclass is one file, with its Config dataclass, registered in speculators/registry.py."""
+
+    taps: tuple[int, ...] = ()  # layer ids of the base whose states it reads, ascending; the final state is always there
+    steps: int = 1  # tokens it is trained to look ahead
+    metrics: tuple[str, ...] = ("loss", "accuracy", "alpha", "full_accuracy")  # columns of Loss.sums; the first four are fixed
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draws every parameter in full from one generator, in a fixed order: all layouts start from the same numbers."""
+        raise NotImplementedError
+
+    def align(self, batch: TokenBatch) -> Targets:
+        """The supervised pairs of a batch: pure, on the host, from loss_mask, document_ids and index only."""
+        return align_targets(batch, self.steps)
+
+    def step_weight(self) -> Tensor:
+        """float32 [steps], on the CPU: weight of each step's mean loss in the total."""
+        return torch.ones(self.steps)
+
+    def row_weights(self, targets: Targets, denominators: Tensor) -> Tensor:
+        """[N] weight of each pair in the total: step_weight / global count of the step, so that ranks and micro-batches add."""
+        weights = self.step_weight().double() / denominators.clamp_min(1)
+        return weights.to(targets.step.device)[targets.step]
+
+    def forward(self, batch: TokenBatch, states: BaseStates, targets: Targets, denominators: Tensor, readout: Readout) -> Loss:
+        """One micro-batch's share of the loss. `denominators`: int64 [steps], on the CPU, counts over all ranks and micro-batches."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, length: int) -> KVCache | None:
+        """The drafter's own cache for `length` slots a row, or None if it keeps nothing."""
+        return None
+
+    def draft(self, cache: KVCache | None, tokens: Tensor, states: BaseStates, counts: Tensor, readout: Readout, k: int, pick: Pick) -> Draft:
+        """Proposes k tokens a row.
+
+        Args:
+            tokens: int64 [batch, m], the token after each of the m newly verified states, right-padded.
+            states: their states, [batch, m, ...].
+            counts: int64 [batch], how many of the m are real; 0: the row is done, its draft is ignored.
+        """
+        raise NotImplementedError
+
+    def flops(self, targets_per_step: list[int], tokens: int) -> int:
+        """Floating-point operations of forward and backward that a step needs: 2 a multiply-add, matrix products only."""
+        raise NotImplementedError
+
+    def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
+        """config.json and tensors of a serving folder (spectitan/speculators/serving.py writes it)."""
+        raise NotImplementedError
