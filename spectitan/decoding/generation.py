@@ -1,0 +1,83 @@
+"""The host's side of decoding: prompts checked and padded, and the record of what each row has generated."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from spectitan.errors import UserError
+
+OnTokens = Callable[[int, list[int]], None]
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [batch, longest] padded on the right with 0, and int64 [batch] lengths."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    return tokens, torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+
+class Generation:
+    """What a batch has generated so far: the loops append to it after every pass of the base.
+
+    A row ends with the eos token (kept), at max_new_tokens, or where prompt and text fill the base's context.
+
+    Args:
+        prompts: token ids of each row, at least one.
+        context: tokens that the base can attend to (max_position_embeddings).
+        eos_id: the token that ends a text; None: nothing does.
+        on_tokens: called with (row, new tokens) as they come, already cut at the row's end.
+
+    Raises:
+        UserError: an empty prompt, or one that leaves no room for a token.
+
+    Attributes:
+        tokens: the generated tokens of each row.
+        accepted: for each row and each draft-verify round in which it was live, how many drafted tokens the base confirmed,
+            before the text is cut at its end. Empty for plain decoding.
+        seconds: wall-clock time until the last append; prefill_seconds: until the first.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int, eos_id: int | None, on_tokens: OnTokens | None = None
+    ):
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"prompt {row} is empty: give at least one token to continue")
+            if len(prompt) >= context:
+                raise UserError(f"prompt {row} has {len(prompt)} tokens: the base's context of {context} tokens holds at most {context - 1}")
+        self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+        self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits))
+        self.eos_id, self.on_tokens = eos_id, on_tokens
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.accepted: list[list[int]] = [[] for _ in prompts]
+        self.live = [True] * len(prompts)
+        self.prefill_seconds = self.seconds = 0.0
+        self._started = time.perf_counter()
+
+    def append(self, new_tokens: list[list[int]]) -> bool:
+        """Adds each live row's new tokens up to its end. True if a row ended here, so that `live` has changed."""
+        ended = False
+        for row, new in enumerate(new_tokens):
+            if not self.live[row]:
+                continue
+            text = self.tokens[row]
+            new = new[: self.limits[row] - len(text)]
+            if self.eos_id in new:
+                new = new[: new.index(self.eos_id) + 1]
+            text += new
+            if len(text) == self.limits[row] or text[-1] == self.eos_id:
+                self.live[row], ended = False, True
+            if self.on_tokens is not None:
+                self.on_tokens(row, new)
+        self.seconds = time.perf_counter() - self._started
+        self.prefill_seconds = self.prefill_seconds or self.seconds
+        return ended
+
+    def append_round(self, rows: list[list[int]]) -> bool:
+        """Adds one draft-verify round. Each row: how many drafted tokens were accepted, then the emitted ones, accepted + 1 of them real."""
+        for accepted, (count, *_), live in zip(self.accepted, rows, self.live):
+            if live:
+                accepted.append(count)
+        return self.append([tokens[: count + 1] for count, *tokens in rows])
