@@ -1,0 +1,1 @@
+"""Configuration: sections holds the keys, manager loads them."""

@@ -1,0 +1,183 @@
+"""The configuration of a run: command-line flags win over the TOML file, the file over the defaults."""
+
+import dataclasses
+import difflib
+import functools
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectitan.config import sections
+from spectitan.config.checks import check_combinations
+from spectitan.config.help import help_text
+from spectitan.config.keys import Key, keys_of, toml_value
+from spectitan.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass
+class Config:
+    """Every key of a run, one attribute per TOML table.
+
+    `speculator` has the keys of SpeculatorSelection and, as an instance of the family's own Config class, the family's.
+    """
+
+    job: sections.Job
+    base: sections.Base
+    parallelism: sections.Parallelism
+    speculator: sections.SpeculatorSelection
+    data: sections.Data
+    training: sections.Training
+    objective: sections.Objective
+    optimizer: sections.Optimizer
+    lr_scheduler: sections.LRScheduler
+    checkpoint: sections.Checkpoint
+    metrics: sections.Metrics
+    compile: sections.Compile
+    eval: sections.Eval
+    export: sections.Export
+    generate: sections.Generate
+    prepare: sections.Prepare
+
+    def to_toml(self) -> str:
+        """The resolved configuration as a TOML file that, loaded, gives this configuration again.
+
+        job.config_file is left out: it says where values came from, and here they all are.
+        """
+        tables = []
+        for section in dataclasses.fields(self):
+            values = dataclasses.asdict(getattr(self, section.name))
+            lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if (section.name, name) != ("job", "config_file")]
+            tables.append("\n".join([f"[{section.name}]", *lines, ""]))
+        return "\n".join(tables)
+
+
+def load(argv: list[str] | None, program: str, speculator_configs: dict[str, type]) -> Config:
+    """Reads and checks the configuration.
+
+    Args:
+        argv: command-line arguments without the program's name; None takes sys.argv's.
+        program: train, evaluate, export, generate or prepare; each needs other keys.
+        speculator_configs: the Config dataclass of each speculator family, by name.
+
+    Raises:
+        UserError: a mistake in a flag, in the file or between keys.
+        SystemExit: with status 0, after --help.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    families = {name: _merged(config) for name, config in speculator_configs.items()} | {"none": sections.SpeculatorSelection}
+    if "--help" in argv or "-h" in argv:
+        common = {name: keys_of(name, section) for name, section in typing.get_type_hints(Config).items()}
+        common["speculator"]["type"] = _type_key(families)
+        own = {name: keys_of("speculator", config) for name, config in speculator_configs.items()}
+        print(help_text(program, common, own))
+        raise SystemExit(0)
+
+    flags = _split_flags(argv)
+    path = flags.get("job.config_file") or ""
+    tables = _read_file(path) if path else {}
+    family = _chosen_family(flags, tables, path, families)
+    classes = typing.get_type_hints(Config) | {"speculator": families[family]}
+    keys = {key.label: key for name, section in classes.items() for key in keys_of(name, section).values()}
+    foreign = {f"speculator.{name}": other for other in families for name in keys_of("speculator", families[other])}
+
+    values: dict[str, object] = {}
+    for label, value in _file_values(tables, path, classes, keys):
+        values[label] = _known(keys, label, family, foreign, path).checked(value, path)
+    for label, text in flags.items():
+        key = _known(keys, label, family, foreign, "command line")
+        if text is None and key.type is not bool:
+            raise UserError(f"command line: --{label} needs a value: {key.allowed()} (--{label}=VALUE if it begins with --)")
+        values[label] = True if text is None else key.from_text(text)
+
+    made = {name: section() for name, section in classes.items()}
+    for label, value in values.items():
+        setattr(made[keys[label].section], keys[label].name, value)
+    config = Config(**made)
+    check_combinations(config, program)
+    return config
+
+
+@functools.cache  # one class a family, so that configurations of two loads compare equal
+def _merged(family_config: type) -> type:
+    return dataclasses.make_dataclass("Speculator", (), bases=(family_config, sections.SpeculatorSelection))
+
+
+def _split_flags(argv: list[str]) -> dict[str, str | None]:
+    """"--section.key value" and "--section.key=value" as {section.key: text}; None where no value follows. The last one counts."""
+    flags: dict[str, str | None] = {}
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(f"command line: unexpected argument {argument!r}; allowed: --section.key value (--help lists them)")
+        label, equals, text = argument[2:].partition("=")
+        if not equals:
+            text = remaining.pop(0) if remaining and not remaining[0].startswith("--") else None
+        flags[label] = text
+    return flags
+
+
+def _read_file(path: str) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise UserError(f"job.config_file = {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: not valid UTF-8 (at line {line})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _type_key(families: typing.Iterable[str]) -> Key:
+    """speculator.type with the families that there are as its choices."""
+    return dataclasses.replace(keys_of("speculator", sections.SpeculatorSelection)["type"], choices=tuple(families))
+
+
+def _chosen_family(flags: dict, tables: dict, path: str, families: typing.Iterable[str]) -> str:
+    """speculator.type, which says what other keys the table [speculator] has."""
+    key = _type_key(families)
+    if flags.get("speculator.type") is not None:
+        return key.from_text(flags["speculator.type"])
+    table = tables.get("speculator", {})
+    return key.checked(table.get("type", key.default), path) if isinstance(table, dict) else key.default
+
+
+def _file_values(tables: dict, path: str, classes: dict[str, type], keys: dict[str, Key]) -> typing.Iterator[tuple[str, object]]:
+    """(section.key, value) of everything in the file."""
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            place = "is a table" if section in classes else f"stands in no table; the nearest key is {nearest(section, keys)}"
+            raise UserError(f"{path}: {section} {place}: allowed: [table], then key = value")
+        if section not in classes:
+            close = difflib.get_close_matches(section, classes, 1, 0.0)[0]
+            raise UserError(f"{path}: unknown table [{section}]; the nearest is [{close}]")
+        for name, value in table.items():
+            if (section, name) == ("job", "config_file"):
+                raise UserError(f"{path}: job.config_file belongs on the command line: a file names no other file")
+            yield f"{section}.{name}", value
+
+
+def _known(keys: dict[str, Key], label: str, family: str, foreign: dict[str, str], source: str) -> Key:
+    if label in keys:
+        return keys[label]
+    if label in foreign:
+        raise UserError(f'{source}: {label} is a key of speculator.type = "{foreign[label]}", but speculator.type is "{family}"')
+    raise UserError(f"{source}: unknown key {label!r}; the nearest is {nearest(label, keys)}")
+
+
+def nearest(label: str, known: typing.Iterable[str]) -> str:
+    """The known section.key that was probably meant: alike in the same section, else the same name in another, else the most alike."""
+    section, _, name = label.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    alike = difflib.get_close_matches(name, siblings, 1)
+    if alike:
+        return siblings[alike[0]]
+    namesakes = [key for key in known if key.rpartition(".")[2] == name]
+    return difflib.get_close_matches(label, namesakes or list(known), 1, 0.0)[0]
