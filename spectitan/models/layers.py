@@ -1,0 +1,189 @@
+"""The ordinary decoder layer, for bases and drafters: attention with rotary positions, and a gated MLP.
+
+Submodules carry the names of Hugging Face's Llama, so that weights need no renaming. No parallelism here: head counts come
+from the shapes of what the projections return, so that a tensor-parallel plan can split them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from spectitan.models.kv_cache import KVCache, Slots
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to longer contexts. `type`: "linear" or "llama3" (Llama 3.1's rule)."""
+
+    type: str
+    factor: float
+    low_freq_factor: float = 1.0  # llama3: waves longer than original / low_freq_factor are stretched in full
+    high_freq_factor: float = 4.0  # llama3: waves shorter than original / high_freq_factor are left alone
+    original_max_position_embeddings: int = 8192
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> Tensor:
+    """[head_dim / 2] radians a position (Su et al. 2021; scaling as in Llama 3.1)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).to(dtype) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.type == "linear":
+        return frequencies / scaling.factor
+    waves = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # turns within the original context
+    kept = ((waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+class Rotation(NamedTuple):
+    """Rotary embedding of the tokens of one forward; the same in every layer."""
+
+    cosine: Tensor  # [batch or 1, 1, seq, head_dim]
+    sine: Tensor  # [batch or 1, 1, seq, head_dim], the first half negated
+
+    @staticmethod
+    def at(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> "Rotation":
+        """positions: int64 [batch or 1, seq]; frequencies: [head_dim / 2]. Angles are in the dtype of frequencies."""
+        angles = positions[:, None, :, None] * torch.cat([-frequencies, frequencies])  # cosine is even, sine is odd
+        return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[batch, heads, seq, head_dim], rotated in pairs (i, i + head_dim / 2)."""
+        return torch.addcmul(x * self.cosine, x.roll(x.shape[-1] // 2, -1), self.sine)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Args:
+        hidden_size, num_heads, num_kv_heads, head_dim: shape.
+        qkv_bias, output_bias: biases of the projections.
+        qk_norm_eps: epsilon of an RMS norm on each head's queries and keys (Qwen3); None for none.
+        input_size: width of what it reads, if it is not hidden_size.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        input_size: int | None = None,
+    ):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(input_size or hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(input_size or hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(input_size or hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+        self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
+        self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        slots: Slots | None = None,
+    ) -> Tensor:
+        """See DecoderLayer.forward."""
+        batch, seq, _ = x.shape
+        queries = self.q_norm(self.q_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
+        keys = self.k_norm(self.k_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
+        values = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        queries, keys = rotation.apply(queries), rotation.apply(keys)
+        if cache is not None:
+            keys, values = cache.write(layer, keys, values, slots)
+        causal = mask is None and seq > 1
+        grouped = queries.shape[1] != keys.shape[1]
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, seq, -1))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer.
+
+    Args:
+        attention, mlp: its two halves.
+        hidden_size, norm_eps: of its RMS norms.
+    """
+
+    def __init__(self, attention: Attention, mlp: GatedMLP, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        slots: Slots | None = None,
+    ) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden].
+
+        Args:
+            rotation: of the tokens' positions.
+            mask: [batch or 1, 1, seq, keys], what `attention_bias` returns, added to the scores; None: causal over the
+                tokens given, or a single token that sees every key.
+            cache, layer, slots: where keys and values are stored; slots = cache.next_slots(seq).
+        """
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer, slots)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def attention_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [batch or 1, seq, keys] -> [batch or 1, 1, seq, keys]: 0 where visible, else the most negative number.
+
+    Made once a forward: given a bool mask, attention would make this in every layer. Not -inf: a row that sees nothing
+    (padding under a caller's mask) stays finite.
+    """
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """int64 [batch, seq] -> int64 [batch, seq]: place of each token in its document, a run of equal ids."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, full: Tensor) -> None:
+    """Copies a full tensor, the same on every rank, into a parameter that may be sharded."""
+    full = full.to(device=parameter.device, dtype=parameter.dtype)
+    if isinstance(parameter, DTensor):  # src_data_rank=None: every rank has the tensor, nothing is sent
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
+
+
+def draw_normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+    """Fills a parameter from N(0, std^2), drawn in full and in float32 from a CPU generator: alike on all layouts and devices."""
+    assign(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
