@@ -1,0 +1,146 @@
+"""Fully sharded data parallelism: how the parts of a run are wrapped, and in which precision they are held and computed.
+
+Masters are float32 (float64 when computing in float64), gathered in the compute dtype; gradients are summed, never averaged,
+because losses are already normalised by global counts.
+"""
+
+import logging
+import platform
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `training.compute_dtype`: auto is bfloat16 where the hardware multiplies it fast, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[name]
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    """GPU: compute capability 8.0 or later. CPU: AMX, AVX-512 BF16 or the Arm bf16 extension.
+
+    oneDNN calls bfloat16 supported where it only emulates it, several times slower than float32, so the CPU's flags decide.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if platform.system() != "Linux":
+        return False
+    with open("/proc/cpuinfo") as file:
+        flags = next((line.split(":", 1)[1].split() for line in file if line.startswith(("flags", "Features"))), [])
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags)
+
+
+def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """dtype in which trained parameters, gradients and optimizer state are held and reduced."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts parameters in place. Buffers keep their dtype: rotary frequencies, for one, need float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _shard(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=master_dtype(compute_dtype),
+        cast_forward_inputs=False,  # it would cast float arguments, even inside tuples; counts and weights must stay exact
+    )
+    for unit in (*blocks, module):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    if mesh.size() == 1:
+        return
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no other way to a factor of 1
+
+
+def shard_trained(
+    module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, *, reshard_after_forward: bool = False
+) -> None:
+    """Shards a module that is trained, in place.
+
+    Args:
+        module: holds full parameters, the same on every rank.
+        blocks: its parts that are gathered one at a time; what they leave is gathered with the whole module.
+        mesh: one dimension; of size 1 it only separates masters from compute precision.
+        compute_dtype: dtype of gathered parameters.
+        reshard_after_forward: free gathered parameters after the forward and gather them again in the backward.
+    """
+    cast_parameters(module, master_dtype(compute_dtype))
+    _shard(module, blocks, mesh, compute_dtype, reshard_after_forward)
+
+
+def shard_frozen(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """Shards a module that is only run forward, held in the compute dtype: there is no optimizer that needs masters."""
+    module.requires_grad_(False)
+    cast_parameters(module, compute_dtype)
+    # Explicit: without a backward nothing else would ever free the gathered root.
+    _shard(module, blocks, mesh, compute_dtype, reshard_after_forward=True)
+
+
+def hold_frozen(module: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """A frozen module on one process needs no wrapping: it is held in the compute dtype."""
+    module.requires_grad_(False)
+    cast_parameters(module, compute_dtype)
+    module.to(device)
+
+
+def apply_fsdp(
+    base: nn.Module,
+    speculator: nn.Module,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    freeze_base: bool,
+    speculator_blocks: Iterable[nn.Module] = (),
+) -> None:
+    """Places base and speculator on the mesh, in place, each as its use asks.
+
+    The readout is one unit of the base: its embedding and head may be tied, and objectives use it after the base's forward
+    has ended, through `readout.call`.
+
+    Args:
+        base: has `.layers` and `.readout`; full parameters, the same on every rank.
+        speculator: may be without parameters (`speculator.type = "none"`).
+        speculator_blocks: as `shard_trained`'s blocks.
+    """
+    device = torch.device(mesh.device_type)
+    if not freeze_base:
+        # On one process there is no memory to win by gathering twice.
+        shard_trained(base, [*base.layers, base.readout], mesh, compute_dtype, reshard_after_forward=mesh.size() > 1)
+        base.readout.set_reshard_after_forward(False)  # used at both ends of the step
+        register_fsdp_forward_method(base.readout, "call")
+        logger.info("base: trained, %s masters, sharded over %d, computed in %s", master_dtype(compute_dtype), mesh.size(), compute_dtype)
+    elif mesh.size() > 1:
+        shard_frozen(base, [*base.layers, base.readout], mesh, compute_dtype)
+        register_fsdp_forward_method(base.readout, "call")
+        logger.info("base: frozen, sharded over %d, held and computed in %s", mesh.size(), compute_dtype)
+    else:
+        hold_frozen(base, device, compute_dtype)
+        logger.info("base: frozen, held and computed in %s", compute_dtype)
+
+    if any(True for _ in speculator.parameters()):
+        shard_trained(speculator, speculator_blocks, mesh, compute_dtype)
+        logger.info("speculator: %s masters, sharded over %d, computed in %s", master_dtype(compute_dtype), mesh.size(), compute_dtype)
+
+
+def set_gradient_sync(modules: Iterable[nn.Module], enabled: bool) -> None:
+    """Whether the next backward reduces the gradients of these modules over the mesh.
+
+    False for all but an optimizer step's last micro-batch saves communication and accumulates in the reduce dtype, at the
+    cost of one full gradient (4 bytes a parameter) on every rank: right for a speculator, whose parameters stay gathered
+    anyway; a sharded base reduces with every micro-batch, which accumulates in the reduce dtype as well.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(enabled)
