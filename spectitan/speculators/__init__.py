@@ -1,0 +1,1 @@
+"""Draft models: the interface (base), one file a family, and the folders that servers read (serving)."""

@@ -1,0 +1,43 @@
+"""The drafter families by name. A new one is a file beside this and an entry here."""
+
+import difflib
+from dataclasses import dataclass
+
+from spectitan.config.sections import Objective
+from spectitan.errors import UserError
+from spectitan.speculators.base import Speculator
+from spectitan.speculators.next_token import NextToken
+from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
+
+# speculator.type -> (its configuration keys, its module)
+SPECULATORS: dict[str, tuple[type, type[Speculator]]] = {"mlp": (MlpConfig, MlpSpeculator)}
+
+
+@dataclass
+class NoConfig:
+    """`speculator.type = "none"` has no keys of its own."""
+
+
+# speculator.type -> configuration keys, for config/manager
+SPECULATOR_CONFIGS: dict[str, type] = {"none": NoConfig} | {name: config for name, (config, _) in SPECULATORS.items()}
+
+
+def build_speculator(type: str, config, base_config, objective: Objective) -> Speculator:
+    """A speculator of a registered family, its weights not yet initialised.
+
+    Args:
+        type: `speculator.type`; "none" gives the base's own next-token loss.
+        config: the family's configuration keys.
+        base_config: has the base's `hidden_size` and `vocab_size`.
+        objective: the loss it is trained with.
+
+    Raises:
+        UserError: no such family, or keys that do not fit together.
+    """
+    if type == "none":
+        return NextToken(base_config.hidden_size, base_config.vocab_size, objective)
+    if type not in SPECULATORS:
+        near = difflib.get_close_matches(type, SPECULATOR_CONFIGS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"speculator.type is {type!r}{hint}; allowed: {', '.join(SPECULATOR_CONFIGS)}")
+    return SPECULATORS[type][1](config, base_config, objective)
