@@ -75,7 +75,7 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
         common = {name: keys_of(name, section) for name, section in typing.get_type_hints(Config).items()}
         common["speculator"]["type"] = _type_key(families)
         own = {name: keys_of("speculator", config) for name, config in speculator_configs.items()}
-        print(help_text(program, common, own))
+        print(help_text(program, common, own), flush=True)
         raise SystemExit(0)
 
     flags = _split_flags(argv)

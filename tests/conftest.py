@@ -1,0 +1,27 @@
+"""Settings of every test: small tensors on one thread, nothing from the network, no cache outside temporary folders."""
+
+import os
+
+# Before torch and transformers are imported; processes that tests start inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("SPECTITAN_TRACEBACK", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Tokenised shards of tests are shared by the tests of a run and are gone after it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SPECTITAN_CACHE"] = str(folder)
+    return folder
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
