@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spectitan.errors import UserError
+from spectitan.models.llama import LlamaConfig
 
 OnTokens = Callable[[int, list[int]], None]
 
@@ -25,12 +26,12 @@ class Generation:
 
     Args:
         prompts: token ids of each row, at least one.
-        context: tokens that the base can attend to (max_position_embeddings).
+        config: of the base: max_position_embeddings (its context) and vocab_size.
         eos_id: the token that ends a text; None: nothing does.
         on_tokens: called with (row, new tokens) as they come, already cut at the row's end.
 
     Raises:
-        UserError: an empty prompt, or one that leaves no room for a token.
+        UserError: an empty prompt, one that leaves no room for a token, or one with a token that the base does not have.
 
     Attributes:
         tokens: the generated tokens of each row.
@@ -40,13 +41,17 @@ class Generation:
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int, eos_id: int | None, on_tokens: OnTokens | None = None
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig, eos_id: int | None, on_tokens: OnTokens | None
     ):
+        context = config.max_position_embeddings
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompt {row} is empty: give at least one token to continue")
             if len(prompt) >= context:
-                raise UserError(f"prompt {row} has {len(prompt)} tokens: the base's context of {context} tokens holds at most {context - 1}")
+                raise UserError(f"prompt {row} has {len(prompt)} tokens: the base's context of {context} leaves room for at most {context - 1}")
+            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+                found = next(token for token in prompt if not 0 <= token < config.vocab_size)
+                raise UserError(f"prompt {row} has token {found}: the base has tokens 0 to {config.vocab_size - 1}")
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits))
         self.eos_id, self.on_tokens = eos_id, on_tokens
@@ -76,7 +81,7 @@ class Generation:
         return ended
 
     def append_round(self, rows: list[list[int]]) -> bool:
-        """Adds one draft-verify round. Each row: how many drafted tokens were accepted, then the emitted ones, accepted + 1 of them real."""
+        """Adds one draft-verify round. Each row: the number of drafted tokens accepted, then what is emitted (that many and one)."""
         for accepted, (count, *_), live in zip(self.accepted, rows, self.live):
             if live:
                 accepted.append(count)

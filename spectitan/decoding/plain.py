@@ -30,7 +30,7 @@ def generate_plain(
     The other arguments and errors: see Generation.
     """
     device = base.readout.head.weight.device
-    text = Generation(prompts, max_new_tokens, base.config.max_position_embeddings, eos_id, on_tokens)
+    text = Generation(prompts, max_new_tokens, base.config, eos_id, on_tokens)
     keys = torch.tensor(range(len(prompts)) if row_keys is None else row_keys, device=device)
     tokens, lengths = pad_prompts(prompts, device)
     cache = base.new_cache(len(prompts), text.longest)

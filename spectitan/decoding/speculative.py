@@ -27,8 +27,8 @@ def generate_speculative(
     """Continues each prompt in rounds: draft num_draft_tokens, verify them in one pass of the base, keep what it confirms and
     one token more. Greedy, the text is that of generate_plain; sampled, it has the same distribution. Arguments: see there.
     """
-    k, device, readout, context = num_draft_tokens, base.readout.head.weight.device, base.readout, base.config.max_position_embeddings
-    text = Generation(prompts, max_new_tokens, context, eos_id, on_tokens)
+    k, readout, device = num_draft_tokens, base.readout, base.readout.head.weight.device
+    text = Generation(prompts, max_new_tokens, base.config, eos_id, on_tokens)
     keys = torch.tensor(range(len(prompts)) if row_keys is None else row_keys, device=device)
     tokens, counts = pad_prompts(prompts, device)
     length = text.longest + 2 * k + 2  # a row's last round, and the idle ones after it, write whole drafts past its end
@@ -47,7 +47,7 @@ def generate_speculative(
             counts = counts * live
         draft = speculator.draft(draft_cache, following, states, counts, readout, k, sampling.picker(Stream.DRAFT, keys, round))
         assert draft.tokens.shape[1] == 1, "only a chain is verified: one candidate"
-        positions = (cache.lengths[:, None] + offsets).clamp_max(context - 1)  # what lies past the context is cut by `text`
+        positions = (cache.lengths[:, None] + offsets).clamp_max(base.config.max_position_embeddings - 1)  # `text` cuts what lies past it
         states = base(torch.cat([last[:, None], draft.tokens[:, 0]], 1), cache=cache, positions=positions, taps=speculator.taps)
         accepted, following = verify(draft, readout.logits(states.final), sampling, keys, round)
         last = following.gather(1, accepted[:, None])[:, 0]

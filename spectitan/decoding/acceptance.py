@@ -1,0 +1,194 @@
+"""Acceptance and speed of a speculator, measured by drafting and verifying: what becomes report.json.
+
+    acceptance_length (tau) = 1 + accepted draft tokens / verification rounds = 1 + sum(acceptance_by_position)
+
+as vLLM counts: every round is verified in full, whatever the end of the text (eos, length) cuts off afterwards, and the token
+that the prefill gives is no round. A product of teacher-forced accuracies is not tau.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from spectitan.config.sections import Eval
+from spectitan.decoding.generation import Generation
+from spectitan.decoding.plain import generate_plain
+from spectitan.decoding.sampling import Sampling
+from spectitan.decoding.speculative import generate_speculative
+from spectitan.errors import UserError
+from spectitan.speculators.base import Speculator
+
+Prompts = Sequence[Sequence[int]]
+
+
+def measure(
+    base: nn.Module,
+    speculator: Speculator,
+    prompts: Prompts,
+    config: Eval,
+    *,
+    eos_id: int | None,
+    seed: int = 0,
+    overlap: int | None = None,
+) -> dict:
+    """Acceptance on all prompts, whether the text is that of plain decoding, and speed.
+
+    Touches nothing global: no gradients, no random state, no module's mode.
+
+    Args:
+        base, speculator: whole (not sharded), of one dtype; float32 if `identical` is to mean anything.
+        overlap: documents of the training data that contain 64 consecutive tokens of a prompt, to stand beside the figures;
+            None: not counted.
+
+    Returns:
+        What summarize_acceptance and measure_speed return; identical: greedy texts are equal on all prompts, up to and including
+        eos (None when sampled); first_difference: None, or where and by what top-2 margin; and the settings it all hangs on.
+
+    Raises:
+        UserError: no prompts, one that does not fit the base's context, or eval.num_draft_tokens out of range.
+    """
+    prompts = select_prompts(prompts, config)
+    plain, speculative = decoders(base, speculator, config, eos_id, seed)
+    texts, accepted = decode_all(speculative, prompts, config.batch_size)
+    difference = None
+    if config.temperature == 0:
+        difference = first_difference(base, prompts, decode_all(plain, prompts, config.batch_size)[0], texts)
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    return {
+        **summarize_acceptance(accepted, draft_length(speculator, config)),
+        **measure_speed(plain, speculative, prompts[: config.speed_prompts if config.speed_prompts > 0 else None]),
+        "identical": difference is None if config.temperature == 0 else None,
+        "first_difference": difference,
+        "overlap": overlap,
+        "prompt_tokens": {"min": min(prompt_lengths), "mean": sum(prompt_lengths) / len(prompts), "max": max(prompt_lengths)},
+        "max_new_tokens": config.max_new_tokens,
+        "num_draft_tokens": draft_length(speculator, config),
+        "draft": "chain",
+        "temperature": config.temperature,
+        "batch_size": config.batch_size,
+        "dtype": str(base.readout.head.weight.dtype).removeprefix("torch."),
+        "device": base.readout.head.weight.device.type,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def measure_acceptance(
+    base: nn.Module, speculator: Speculator, prompts: Prompts, config: Eval, *, eos_id: int | None, seed: int = 0
+) -> dict:
+    """Acceptance alone, as training reports it between steps. Arguments, errors and result: see `measure`."""
+    _, speculative = decoders(base, speculator, config, eos_id, seed)
+    _, accepted = decode_all(speculative, select_prompts(prompts, config), config.batch_size)
+    return summarize_acceptance(accepted, draft_length(speculator, config))
+
+
+def select_prompts(prompts: Prompts, config: Eval) -> Prompts:
+    """The first eval.num_prompts of them."""
+    prompts = prompts[: config.num_prompts if config.num_prompts >= 0 else None]
+    if not prompts:
+        raise UserError(f"eval.num_prompts is {config.num_prompts} and eval.prompts is {config.prompts!r}: at least one prompt is needed")
+    return prompts
+
+
+def draft_length(speculator: Speculator, config: Eval) -> int:
+    """eval.num_draft_tokens, or what the speculator was trained for."""
+    if config.num_draft_tokens == 0:
+        raise UserError("eval.num_draft_tokens is 0: give at least 1, or -1 for as many as the speculator was trained for")
+    return config.num_draft_tokens if config.num_draft_tokens > 0 else speculator.steps
+
+
+Decoder = Callable[..., Generation]  # (prompts, row_keys=...) -> Generation
+
+
+def decoders(base: nn.Module, speculator: Speculator, config: Eval, eos_id: int | None, seed: int) -> tuple[Decoder, Decoder]:
+    """Plain and speculative decoding with the same settings."""
+    settings = {"max_new_tokens": config.max_new_tokens, "sampling": Sampling(config.temperature, seed=seed), "eos_id": eos_id}
+    speculative = partial(generate_speculative, base, speculator, num_draft_tokens=draft_length(speculator, config), **settings)
+    return partial(generate_plain, base, **settings), speculative
+
+
+def decode_all(decode: Decoder, prompts: Prompts, batch_size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Texts and accepted counts of all prompts, decoded in batches; each row's random numbers hang on its place in `prompts`."""
+    texts, accepted = [], []
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
+        generation = decode(rows, row_keys=range(start, start + len(rows)))
+        texts += generation.tokens
+        accepted += generation.accepted
+    return texts, accepted
+
+
+def summarize_acceptance(accepted: list[list[int]], k: int) -> dict:
+    """Figures from the accepted drafts of each round of each sequence, `k` drafted in each.
+
+    Returns:
+        acceptance_length: pooled over all rounds. acceptance_length_mean: mean of the sequences' own, of those that had a round.
+        acceptance_by_position [k]: share of rounds in which drafted token i was accepted.
+        conditional_acceptance [k]: the same, of the rounds in which all before it were; None where there was none.
+        rounds, sequences, accepted_draft_tokens: counts.
+    """
+    counts = [count for sequence in accepted for count in sequence]
+    rounds = max(len(counts), 1)  # no round at all: every figure is that of plain decoding
+    reached = [sum(count >= position for count in counts) for position in range(k + 1)]
+    own = [1 + sum(sequence) / len(sequence) for sequence in accepted if sequence]
+    return {
+        "acceptance_length": 1 + sum(counts) / rounds,
+        "acceptance_length_mean": sum(own) / len(own) if own else 1.0,
+        "acceptance_by_position": [reached[i + 1] / rounds for i in range(k)],
+        "conditional_acceptance": [reached[i + 1] / reached[i] if reached[i] else None for i in range(k)],
+        "rounds": len(counts),
+        "sequences": len(accepted),
+        "accepted_draft_tokens": sum(counts),
+    }
+
+
+def measure_speed(plain: Decoder, speculative: Decoder, prompts: Prompts) -> dict:
+    """Wall-clock speed at batch 1, plain and speculative alternating prompt by prompt after one warm-up of each.
+
+    Returns:
+        plain_tokens_per_second, speculative_tokens_per_second: new tokens over the time of whole generations, prefill included
+        on both sides. speedup: their ratio (the ratio of times, where the texts are equal).
+        round_cost: time of a draft-verify round over that of a plain token, prefill excluded on both sides; None if there was
+        no round. speedup is acceptance_length / round_cost, but for the prefill and for what the texts' ends cut off.
+        speed_prompts: how many prompts; speed_batch_size: 1.
+    """
+    for decode in (plain, speculative):
+        decode(prompts[:1])
+    runs: tuple[list[Generation], list[Generation]] = ([], [])
+    for key, prompt in enumerate(prompts):
+        for decode, generations in zip((plain, speculative), runs):
+            generations.append(decode([prompt], row_keys=[key]))
+
+    tokens, seconds, after_prefill = ([sum(map(figure, generations)) for generations in runs] for figure in (
+        lambda generation: len(generation.tokens[0]),
+        lambda generation: generation.seconds,
+        lambda generation: generation.seconds - generation.prefill_seconds,
+    ))  # fmt: skip
+    plain_speed, speculative_speed = (n / time for n, time in zip(tokens, seconds))
+    passes = tokens[0] - len(prompts), sum(len(generation.accepted[0]) for generation in runs[1])
+    round_cost = (after_prefill[1] / passes[1]) / (after_prefill[0] / passes[0]) if all(passes) else None
+    return {
+        "plain_tokens_per_second": plain_speed,
+        "speculative_tokens_per_second": speculative_speed,
+        "speedup": speculative_speed / plain_speed,
+        "round_cost": round_cost,
+        "speed_prompts": len(prompts),
+        "speed_batch_size": 1,
+        "prefill_timed": True,
+    }
+
+
+@torch.no_grad()
+def first_difference(base: nn.Module, prompts: Prompts, plain: list[list[int]], speculative: list[list[int]]) -> dict | None:
+    """None if the texts are equal; else where the first pair parts, and how far apart the base's two best logits are there."""
+    for row, (prompt, ours, theirs) in enumerate(zip(prompts, plain, speculative)):
+        if ours == theirs:
+            continue
+        position = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+        tokens = torch.tensor([[*prompt, *ours[:position]]], device=base.readout.head.weight.device)
+        best = base.readout.logits(base(tokens).final[:, -1]).topk(2).values[0]
+        of = [text[position] if position < len(text) else None for text in (ours, theirs)]
+        return {"prompt": row, "position": position, "plain": of[0], "speculative": of[1], "top2_margin": float(best[0] - best[1])}
+    return None
