@@ -1,6 +1,7 @@
 """Llama and its near relatives (Qwen2, Qwen3, Mistral) as a base that also emits hidden states."""
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -66,6 +67,11 @@ class LlamaConfig:
             raise UserError(f"num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}")
         if self.head_dim % 2:
             raise UserError(f"head_dim = {self.head_dim} must be even for rotary positions")
+
+    def identity(self) -> dict:
+        """What the function of the model depends on, weights aside."""
+        beside = ("max_position_embeddings", "initializer_range", "model_type", "bos_token_id", "eos_token_id")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in beside}
 
 
 class EmbedLLaMA(nn.Module):

@@ -1,11 +1,16 @@
 """Architectures and their named sizes; how a base model comes to be."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from spectitan.errors import UserError
+from spectitan.models.hf_config import read_config
 from spectitan.models.layers import RopeScaling
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.models.weights import load_hf, resolve_base_path
 
 _ROPE_3_1 = RopeScaling("llama3", factor=8.0)
 _ROPE_3_2 = RopeScaling("llama3", factor=32.0)
@@ -18,12 +23,10 @@ _8B = dict(hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=3
 _70B = dict(hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8)
 _3_2_1B = dict(hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, tie_embeddings=True)
 _3_2_3B = dict(hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, num_kv_heads=8, tie_embeddings=True)
-_QWEN_2 = dict(
-    model_type="qwen2", vocab_size=151936, qkv_bias=True, rope_theta=1e6, norm_eps=1e-6, max_position_embeddings=32768,
-    bos_token_id=151643, eos_token_id=151643,
-)  # fmt: skip
-_QWEN_3 = {**_QWEN_2, "model_type": "qwen3", "qkv_bias": False, "qk_norm": True, "head_dim": 128, "max_position_embeddings": 40960,
-           "eos_token_id": 151645}  # fmt: skip
+_MISTRAL = dict(model_type="mistral", vocab_size=32000, max_position_embeddings=32768, sliding_window=4096, bos_token_id=1, eos_token_id=2)
+_QWEN = dict(vocab_size=151936, rope_theta=1e6, norm_eps=1e-6, bos_token_id=151643)
+_QWEN_2 = dict(**_QWEN, model_type="qwen2", qkv_bias=True, max_position_embeddings=32768, eos_token_id=151643)
+_QWEN_3 = dict(**_QWEN, model_type="qwen3", qk_norm=True, head_dim=128, max_position_embeddings=40960, eos_token_id=151645)
 
 _ARCHITECTURES: dict[str, type[nn.Module]] = {"embedllama": EmbedLLaMA}
 _VARIANTS: dict[str, dict[str, LlamaConfig]] = {
@@ -37,22 +40,83 @@ _VARIANTS: dict[str, dict[str, LlamaConfig]] = {
         "3.1-70b": LlamaConfig(**_LLAMA_3_1, **_70B, rope_scaling=_ROPE_3_1),
         "3.2-1b": LlamaConfig(**_LLAMA_3_1, **_3_2_1B, rope_scaling=_ROPE_3_2),
         "3.2-3b": LlamaConfig(**_LLAMA_3_1, **_3_2_3B, rope_scaling=_ROPE_3_2),
+        "mistral-7b": LlamaConfig(**_MISTRAL, **_8B),
+        "qwen2.5-0.5b": LlamaConfig(
+            **_QWEN_2, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14, num_kv_heads=2, tie_embeddings=True
+        ),
+        "qwen2.5-7b": LlamaConfig(
+            **{**_QWEN_2, "vocab_size": 152064, "max_position_embeddings": 131072},
+            hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
+        ),  # fmt: skip
+        "qwen3-0.6b": LlamaConfig(
+            **_QWEN_3, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, num_kv_heads=8, tie_embeddings=True
+        ),
+        "qwen3-4b": LlamaConfig(
+            **_QWEN_3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, num_kv_heads=8, tie_embeddings=True
+        ),
+        "qwen3-8b": LlamaConfig(**_QWEN_3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, num_kv_heads=8),
     }
 }
+
+
+def register_model(arch: str, variant: str, config: LlamaConfig) -> None:
+    """Adds a named size. Registering a name anew replaces it."""
+    _check_choice("base.arch", arch, _ARCHITECTURES)
+    _VARIANTS[arch][variant] = config
 
 
 def get_model(
     arch: str,
     variant: str,
-    path: str = "",
+    path: str | Path = "",
     init: str = "pretrained",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> nn.Module:
-    """Builds a base model on the meta device, materialises it, and fills its weights."""
+    """A base model with its weights.
+
+    Args:
+        arch: "embedllama".
+        variant: a registered size, or "auto": config.json in `path` says it.
+        path: folder in Hugging Face layout, or spectitan:NAME.
+        init: "pretrained" reads the weights in `path`; "random" draws them.
+        dtype: of the parameters.
+        seed: of random weights.
+
+    Raises:
+        UserError: an unknown name, no such folder, config.json or weights that do not fit.
+    """
+    _check_choice("base.arch", arch, _ARCHITECTURES)
+    _check_choice("base.init", init, ("pretrained", "random"))
+    config = _choose_config(arch, variant, path)
+    if init == "pretrained" and not path:
+        raise UserError('base.path is empty: base.init = "pretrained" needs a folder with weights; base.init = "random" does not')
     with torch.device("meta"):
-        model = _ARCHITECTURES[arch](_VARIANTS[arch][variant])
+        model = _ARCHITECTURES[arch](config)
     model = model.to(dtype).to_empty(device=device)
-    model.init_weights(torch.Generator().manual_seed(seed))
+    if init == "pretrained":
+        load_hf(model, path)
+    else:
+        model.init_weights(torch.Generator().manual_seed(seed))
     return model
+
+
+def _choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:
+    if variant == "auto":
+        if not path:
+            raise UserError(f'base.path is empty: base.variant = "auto" reads config.json there; or name one of {", ".join(_VARIANTS[arch])}')
+        return read_config(resolve_base_path(path))
+    _check_choice("base.variant", variant, ("auto", *_VARIANTS[arch]))
+    config = _VARIANTS[arch][variant]
+    if path and (resolve_base_path(path) / "config.json").is_file():
+        stored = read_config(resolve_base_path(path)).identity()
+        for name, value in config.identity().items():
+            if stored[name] != value:
+                raise UserError(f"base.variant = {variant!r} has {name} = {value}, config.json in {path} says {stored[name]}; allowed there: auto")
+    return config
+
+
+def _check_choice(key: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key} = {value!r}: allowed: {', '.join(allowed)}")

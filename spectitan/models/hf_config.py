@@ -1,0 +1,188 @@
+"""config.json of Hugging Face's Llama, Qwen2, Qwen3 and Mistral, read into and written from LlamaConfig."""
+
+import json
+import math
+from pathlib import Path
+
+from spectitan.errors import UserError
+from spectitan.models.layers import RopeScaling
+from spectitan.models.llama import LlamaConfig
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Reads `folder`/config.json.
+
+    Raises:
+        UserError: no such file, not JSON, a key that is missing or of a wrong type, or a feature that EmbedLLaMA has not.
+    """
+    keys = _Keys(folder / "config.json")
+    model_type = keys.text("model_type")
+    keys.must(model_type in ARCHITECTURES, "model_type", f"embedllama reads {', '.join(ARCHITECTURES)}")
+    keys.must(keys.get("hidden_act", "silu") == "silu", "hidden_act", "allowed: silu")
+    keys.must(keys.get("quantization_config", None) is None, "quantization_config", "quantised weights cannot be read; use the float weights")
+    hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
+    head_dim = keys.count("head_dim", None if model_type == "qwen3" else hidden_size // num_heads)
+    keys.must(head_dim % 2 == 0, "head_dim", "rotary positions need an even number")
+    num_kv_heads = keys.count("num_key_value_heads", num_heads if model_type == "llama" else None)
+    keys.must(num_heads % num_kv_heads == 0, "num_key_value_heads", f"it must divide num_attention_heads = {num_heads}")
+    attention_bias = model_type in ("llama", "qwen3") and keys.switch("attention_bias")
+    rope_theta, rope_scaling = _read_rope(keys)
+    return LlamaConfig(
+        vocab_size=keys.count("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=keys.count("intermediate_size"),
+        num_layers=keys.count("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=keys.count("max_position_embeddings"),
+        norm_eps=keys.number("rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_embeddings=keys.switch("tie_word_embeddings"),
+        qkv_bias=attention_bias or model_type == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=model_type == "llama" and keys.switch("mlp_bias"),
+        qk_norm=model_type == "qwen3",
+        sliding_window=_read_sliding_window(keys, model_type),
+        initializer_range=keys.number("initializer_range", 0.02),
+        model_type=model_type,
+        bos_token_id=keys.get("bos_token_id", None),
+        eos_token_id=tuple(eos) if isinstance(eos := keys.get("eos_token_id", None), list) else eos,
+    )
+
+
+def config_to_json(config: LlamaConfig, dtype_name: str) -> dict:
+    """The content of config.json. Rotary keys are the older ones, which every version of transformers reads."""
+    scaling = config.rope_scaling
+    content = {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": scaling.type, "factor": scaling.factor},
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
+        "torch_dtype": dtype_name,
+    }
+    if scaling is not None and scaling.type == "llama3":
+        content["rope_scaling"] |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    if config.model_type in ("llama", "qwen3"):
+        content["attention_bias"] = config.qkv_bias
+    if config.model_type == "llama":
+        content["mlp_bias"] = config.mlp_bias
+    if config.model_type == "mistral":
+        content["sliding_window"] = None if config.sliding_window == -1 else config.sliding_window
+    return content
+
+
+class _Keys:
+    """The keys of one config.json, checked one by one as they are read."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self.content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; a base model's folder has config.json, safetensors and a tokenizer") from None
+        except ValueError as error:  # undecodable, or no JSON
+            raise UserError(f"{file}: not JSON: {error}") from None
+        if not isinstance(self.content, dict):
+            raise UserError(f"{file}: a JSON object is expected, found {type(self.content).__name__}")
+
+    def must(self, condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            raise UserError(f"{self.file}: {name} = {json.dumps(self.content.get(name))}: {allowed}")
+
+    def get(self, name: str, default):
+        return self.content.get(name, default)
+
+    def _required(self, name: str, default):
+        """A key's value; null and absent mean the default, and are refused where there is none."""
+        value = self.content.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise UserError(f"{self.file}: {name} is missing")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self._required(name, None)
+        self.must(isinstance(value, str), name, "a string is expected")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        value = self._required(name, default)
+        self.must(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, "an integer of at least 1 is expected")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._required(name, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        self.must(number and math.isfinite(value) and value >= 0, name, "a number of at least 0 is expected")
+        return float(value)
+
+    def switch(self, name: str) -> bool:
+        value = self._required(name, False)
+        self.must(isinstance(value, bool), name, "true or false is expected")
+        return value
+
+
+def _read_rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older ones."""
+    name = "rope_parameters" if keys.get("rope_parameters", None) is not None else "rope_scaling"
+    rope = keys.get(name, None) or {}
+    keys.must(isinstance(rope, dict), name, "an object or null is expected")
+    theta = rope.get("rope_theta", keys.get("rope_theta", None))
+    theta = 10000.0 if theta is None else theta
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    keys.must(rope_type in _ROPE_TYPES, name, f"allowed rope_type: {', '.join(_ROPE_TYPES)}")
+    partial = rope.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    keys.must(partial == 1.0, name if "partial_rotary_factor" in rope else "partial_rotary_factor", "only 1.0 is known")
+    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[rope_type]
+    values = {key: rope.get(key) for key in needed}
+    for key, value in {"rope_theta": theta, **values}.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        keys.must(number and 0 < value < math.inf, name if key in rope or key in values else key, f"{key} must be a number above 0")
+    if rope_type == "default":
+        return float(theta), None
+    if rope_type == "linear":
+        return float(theta), RopeScaling("linear", float(values["factor"]))
+    original = rope.get("original_max_position_embeddings", keys.get("max_position_embeddings", None))
+    keys.must(isinstance(original, int) and original > 0, name, "original_max_position_embeddings must be an integer above 0")
+    keys.must(values["high_freq_factor"] != values["low_freq_factor"], name, "low_freq_factor and high_freq_factor must differ")
+    return float(theta), RopeScaling(original_max_position_embeddings=original, type="llama3", **{k: float(v) for k, v in values.items()})
+
+
+def _read_sliding_window(keys: _Keys, model_type: str) -> int:
+    """-1 for none. Mistral has one window for all layers; in Qwen it may differ by layer, which EmbedLLaMA has not."""
+    if model_type == "mistral":
+        return -1 if keys.get("sliding_window", 4096) is None else keys.count("sliding_window", 4096)
+    keys.must(not keys.switch("use_sliding_window"), "use_sliding_window", f"{model_type} is read without a sliding window only")
+    layer_types = keys.get("layer_types", None) or []
+    keys.must(set(layer_types) <= {"full_attention"}, "layer_types", "allowed: full_attention in every layer")
+    return -1

@@ -1,0 +1,196 @@
+"""Weights of a base model in Hugging Face layout: read, written, and identified."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from spectitan.errors import UserError
+from spectitan.models.hf_config import config_to_json, read_config
+from spectitan.models.layers import assign
+from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors
+
+_HEAD = "lm_head.weight"
+_ENDS = {"readout.embedding.weight": "model.embed_tokens.weight", "readout.norm.weight": "model.norm.weight", "readout.head.weight": _HEAD}
+_FINGERPRINT_NUMBERS = 256  # of each tensor
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+    "generation_config.json",  # the ids at which generation ends
+)
+
+
+def resolve_base_path(path: str | Path) -> Path:
+    """The folder that `base.path` means: itself, or for "spectitan:NAME" one that ships with the package.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    text = str(path)
+    if not text.startswith("spectitan:"):
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"base.path = {text!r}: no such folder")
+        return folder
+    assets = Path(str(resources.files("spectitan"))) / "assets"
+    shipped = sorted(folder.name for folder in assets.iterdir() if (folder / "config.json").is_file())
+    name = text.removeprefix("spectitan:")
+    if name not in shipped:
+        allowed = ", ".join(f"spectitan:{each}" for each in shipped) or "none"
+        raise UserError(f"base.path = {text!r}: no such base ships; allowed: {allowed}, or a folder")
+    return assets / name
+
+
+def load_hf(model: nn.Module, path: str | Path) -> None:
+    """Fills every parameter of a model, sharded or not, in its own dtype.
+
+    Raises:
+        UserError: see `locate_tensors`.
+    """
+    folder = resolve_base_path(path)
+    parameters = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
+    files = locate_tensors(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, _ignored(model.config))
+    for file in sorted(set(files.values())):
+        with open_tensors(file) as tensors:
+            for name, parameter in parameters.items():
+                if files[name] == file:
+                    assign(parameter, tensors.get_tensor(name))
+
+
+def save_hf(
+    model: nn.Module,
+    path: str | Path,
+    dtype: torch.dtype,
+    tokenizer_files_from: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json, safetensors and tokenizer files. Every rank calls it; rank 0 writes.
+
+    All is written to a folder beside `path` first. A new `path` then appears at once. In one that exists files are replaced,
+    each at once, and weights of before removed; other files, a model card say, stay.
+
+    Args:
+        model: sharded or not.
+        dtype: of the tensors on disk.
+        tokenizer_files_from: folder, or spectitan:NAME, whose tokenizer files are copied.
+        max_shard_bytes: larger weights become several files with an index.
+    """
+    path = Path(path)
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if writes:
+            temporary.mkdir(parents=True)
+        _write_tensors(model, temporary if writes else None, dtype, max_shard_bytes)
+        if writes:
+            content = config_to_json(model.config, str(dtype).removeprefix("torch."))
+            (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            if tokenizer_files_from is not None:
+                source = resolve_base_path(tokenizer_files_from)
+                for file in {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}:
+                    shutil.copyfile(file, temporary / file.name)
+            _move_into_place(temporary, path)
+    finally:
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fingerprint(source: nn.Module | str | Path) -> str:
+    """Hex identity of a base, by which another one is refused later. Every rank calls it.
+
+    A hash of what the config says about the function, and of a piece of every tensor in bfloat16: the same for a folder, the
+    model read from it, and a copy in a wider dtype.
+    """
+    if isinstance(source, nn.Module):
+        config = source.config
+        pieces = ((_hf_name(name), _middle(_full(parameter.detach()))) for name, parameter in source.named_parameters())
+    else:
+        folder = resolve_base_path(source)
+        config = read_config(folder)
+        pieces = _stored_pieces(folder, config)
+    digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode())
+    for name, piece in sorted(pieces, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(piece.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hf_name(name: str) -> str:
+    return _ENDS.get(name, f"model.{name}")
+
+
+def _ignored(config: LlamaConfig) -> set[str]:
+    """A tied head may be stored all the same; it is the embedding."""
+    return {_HEAD} if config.tie_embeddings else set()
+
+
+def _full(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _middle(tensor: Tensor) -> Tensor:
+    """The first numbers of the middle row (of a vector: of itself): few, and likely trained, unlike the first token's."""
+    row = tensor if tensor.dim() == 1 else tensor[tensor.shape[0] // 2]
+    return row[:_FINGERPRINT_NUMBERS].clone()
+
+
+def _stored_pieces(folder: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    with torch.device("meta"):
+        parameters = {_hf_name(name): parameter for name, parameter in EmbedLLaMA(config).named_parameters()}
+    files = locate_tensors(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, _ignored(config))
+    for file in sorted(set(files.values())):
+        with open_tensors(file) as tensors:
+            for name in parameters:
+                if files[name] == file:
+                    yield name, _middle(tensors.get_tensor(name))
+
+
+def _write_tensors(model: nn.Module, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Gathers one shard after another; None as folder only takes part in the gathering."""
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    sizes = [0]
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append((_hf_name(name), parameter))
+        sizes[-1] += size
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        tensors = {name: _full(parameter.detach()).to("cpu", dtype).contiguous() for name, parameter in shard}
+        if folder is not None:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if folder is not None and len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards) for name, _ in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    new = {file.name for file in temporary.iterdir()}
+    for file in sorted(temporary.iterdir()):
+        file.replace(path / file.name)
+    for old in [*path.glob("model*.safetensors"), path / INDEX]:
+        if old.name not in new:
+            old.unlink(missing_ok=True)
