@@ -48,7 +48,9 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _shard(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def _shard(
+    module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool
+) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=master_dtype(compute_dtype),

@@ -1,7 +1,7 @@
 """Small collective helpers. None of them waits for the device, unless it says so."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -56,6 +56,24 @@ def gather(value: T) -> list[T]:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable) -> list:
+    """Every rank's result of `work`; if it raises OSError on one rank, OSError is raised on all."""
+    result = error = None
+    try:
+        result = work()
+    except OSError as failure:
+        error = failure
+    outcomes = gather((result, error and (str(error) or repr(error))))
+    if failed := next((message for _, message in outcomes if message), None):
+        raise OSError(failed) from error
+    return [result for result, _ in outcomes]
+
+
+def on_main(work: Callable):
+    """Rank 0's result of `work`, which runs there only."""
+    return together(work if rank() == 0 else lambda: None)[0]
 
 
 def backward(total: Tensor) -> None:

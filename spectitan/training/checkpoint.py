@@ -1,0 +1,284 @@
+"""Checkpoints: tensors by torch.distributed.checkpoint, all else as JSON, each folder whole or not there.
+
+    checkpoints/step-00001000/   __0_0.distcp ...   tensors, one file a rank
+                                 .metadata          which tensor lies where
+                                 state.json         the rest: step, position in the data, configuration
+                                 manifest.json      size and BLAKE2b hash of each of these files
+
+A checkpoint is written under a temporary name and renamed when every rank's files are on the disk. Tensors may be DTensors:
+a checkpoint of any number of ranks is read on any other number.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from spectitan.distributed import utils
+from spectitan.errors import UserError
+from spectitan.training.checkpoint_files import describe, find_problem, read_json, step_folders, step_of, sync_folder, write_json
+from spectitan.training.restricted_metadata import RestrictedReader
+
+logger = logging.getLogger(__name__)
+
+_SAVING, _REPLACED = ".saving-", ".replaced-"  # prefixes of folders in transit
+
+
+class Checkpointer:
+    """The checkpoints of one run. All ranks call every method together; one training process at a time uses a folder.
+
+    Args:
+        folder: holds the step folders; made by the first save. What an interrupted save left is removed here.
+        keep_latest_k: checkpoints kept; 0 keeps all.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep_latest_k: int = 0):
+        self.folder, self.keep_latest_k = Path(folder), keep_latest_k
+        self._verified: set[Path] = set()
+        utils.on_main(self._clean_up)
+
+    def _clean_up(self) -> None:
+        for path in self.folder.glob(_REPLACED + "*"):
+            original = path.with_name(path.name.removeprefix(_REPLACED))
+            shutil.rmtree(path) if original.exists() else path.rename(original)
+        for path in self.folder.glob(_SAVING + "*"):
+            shutil.rmtree(path)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
+        """Writes a checkpoint and then removes the ones that `keep_latest_k` does not keep.
+
+        Args:
+            step: optimizer steps done.
+            tensors: DTensors are written in parts, each rank its own; plain tensors are the same on every rank.
+            state: JSON values; `step` is added.
+
+        Raises:
+            OSError: one line, on every rank, for instance when the disk is full; earlier checkpoints are as they were.
+        """
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / (_SAVING + final.name)
+        try:
+            utils.on_main(lambda: self._make_room(temporary, tensors))
+            utils.together(lambda: _write_tensors(temporary, tensors))
+            own_files = sorted(temporary.glob(f"__{utils.rank()}_*")) + ([temporary / ".metadata"] if utils.rank() == 0 else [])
+            hashes = utils.together(lambda: {path.name: describe(path) for path in own_files})
+            utils.on_main(lambda: self._complete(temporary, final, {"step": step, **state}, hashes))
+        except OSError as error:
+            if utils.rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"{final}: checkpoint not saved, earlier ones are unchanged: {error}") from error
+        return final
+
+    def _make_room(self, temporary: Path, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(f"no space left on device: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def _complete(self, temporary: Path, final: Path, state: dict, hashes: list[dict]) -> None:
+        write_json(temporary / "state.json", state)
+        files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
+        files["state.json"] = describe(temporary / "state.json")
+        write_json(temporary / "manifest.json", {"format": 1, "files": files})
+        sync_folder(temporary)
+        replaced = self.folder / (_REPLACED + final.name)
+        if final.exists():  # a broken one, or one of the steps that a resumed run repeats
+            final.rename(replaced)
+        temporary.rename(final)
+        sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune(final)
+
+    def _prune(self, newest: Path) -> None:
+        """Keeps `keep_latest_k` checkpoints up to `newest`; broken ones do not count. Those of later steps are left alone."""
+        if self.keep_latest_k == 0:
+            return
+        steps = [path for path in step_folders(self.folder) if step_of(path) <= step_of(newest)]
+        kept = [path for path in steps if find_problem(path, hashes=False) is None][-self.keep_latest_k :]
+        if len(kept) == self.keep_latest_k:
+            for path in steps[: steps.index(kept[0])]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint whose sizes and hashes are right, with a warning for every newer one; None if there is none.
+
+        Raises:
+            UserError: there are checkpoints, and all are broken: to start from step 0 then must be the user's decision.
+        """
+        folders = utils.broadcast(step_folders(self.folder))
+        for path in reversed(folders):
+            problem = self._find_problem(path)
+            if problem is None:
+                return path
+            logger.warning("checkpoint %s is broken (%s), trying the one before", path, problem)
+        if folders:
+            raise UserError(f"{self.folder}: all {len(folders)} checkpoints are broken; mend or move the folder, or set checkpoint.resume = never")
+        return None
+
+    def load(self, path: str | os.PathLike, tensors: dict[str, Tensor]) -> dict:
+        """Reads a checkpoint into tensors, in place, and returns its state.
+
+        Args:
+            path: a step folder, of this run or another.
+            tensors: all that the checkpoint holds, as `save` got them; floating-point dtypes may differ.
+
+        Raises:
+            UserError: the checkpoint is broken; a tensor is missing, unknown, or of another shape.
+        """
+        path = Path(path)
+        problem = self._find_problem(path)
+        if problem is not None:
+            raise UserError(f"{path}: broken checkpoint: {problem}")
+        _compare(path, RestrictedReader(path).read_metadata().state_dict_metadata, tensors)
+        _read_in_place(path, tensors, alone=False)
+        return read_state(path)
+
+    def _find_problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint; each rank reads its share of the files, once in a checkpointer's life."""
+        if path in self._verified:
+            return None
+        problems = utils.gather(find_problem(path, utils.rank(), utils.world_size()))
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            self._verified.add(path)
+        return problem
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """A valid checkpoint from what a user names: one checkpoint, a folder of them, or a run's dump_folder (the newest).
+
+    Of this process alone: no other rank takes part.
+
+    Raises:
+        UserError: nothing there, or nothing valid.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        problem = find_problem(path)
+        if problem is not None:
+            raise UserError(f"{path}: broken checkpoint: {problem}")
+        return path
+    for folder in (path, path / "checkpoints"):
+        broken = 0
+        for candidate in reversed(step_folders(folder)):
+            problem = find_problem(candidate)
+            if problem is None:
+                return candidate
+            logger.warning("checkpoint %s is broken (%s), trying the one before", candidate, problem)
+            broken += 1
+        if broken:
+            raise UserError(f"{folder}: all {broken} checkpoints are broken")
+    raise UserError(f"{path}: no checkpoint here: give a step-NNNNNNNN folder, a folder of them, or a dump_folder")
+
+
+def read_state(path: str | os.PathLike) -> dict:
+    """A checkpoint's JSON state, without its tensors."""
+    return read_json(Path(path) / "state.json")
+
+
+def read_tensors(path: str | os.PathLike, prefix: str = "") -> dict[str, Tensor]:
+    """Full tensors on the CPU, of all names that begin with `prefix`, without it. Needs no process group.
+
+    Args:
+        path: a step folder that `find_checkpoint` or `Checkpointer.newest_valid` has verified.
+    """
+    path = Path(path)
+    entries = RestrictedReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if name.startswith(prefix)}
+    if tensors:
+        _read_in_place(path, tensors, alone=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The live parameters and persistent buffers, each tied one once, under its first name; sharded ones as DTensors."""
+    state = module.state_dict()  # FSDP's hook frees gathered parameters first, so that these are the shards
+    every, once = ({name for name, _ in module.named_parameters(remove_duplicate=flag)} for flag in (False, True))
+    return {name: tensor for name, tensor in state.items() if name not in every - once}
+
+
+def move_aside(path: str | os.PathLike) -> Path | None:
+    """Renames a file or folder to the first free `<name>.<number>`, and returns that; None if there is nothing to move."""
+    path = Path(path)
+
+    def rename() -> Path | None:
+        if not path.exists():
+            return None
+        number = 1
+        while (target := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.rename(target)
+        return target
+
+    return utils.on_main(rename)
+
+
+class _Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Leaves the temporary folder's path out of the metadata: nobody reads it, and a path object is code to a reader."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save follows the system's error with one about its own half-written stream
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _no_warning_about_one_process():
+            dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
+    except CheckpointException as failure:
+        error = next(error for error, _ in failure.failures.values())
+        if isinstance(error, OSError):
+            raise OSError(str(error)) from failure
+        raise
+
+
+def _read_in_place(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _no_warning_about_one_process():
+            dcp.load(tensors, storage_reader=RestrictedReader(path), planner=planner, no_dist=alone or not dist.is_initialized())
+    except CheckpointException as failure:
+        error = next(error for error, _ in failure.failures.values())
+        raise UserError(f"{path}: tensors cannot be read: {error}") from failure
+
+
+@contextlib.contextmanager
+def _no_warning_about_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _compare(path: Path, entries: dict, tensors: dict[str, Tensor]) -> None:
+    def names(given: Iterable[str]) -> str:
+        given = sorted(given)
+        return ", ".join(given[:3]) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
+
+    if missing := tensors.keys() - entries.keys():
+        raise UserError(f"{path}: lacks tensors of this model: {names(missing)}")
+    if unknown := entries.keys() - tensors.keys():
+        raise UserError(f"{path}: has tensors that this model lacks: {names(unknown)}")
+    for name, tensor in tensors.items():
+        saved, dtype = entries[name].size, entries[name].properties.dtype
+        if saved != tensor.shape:
+            raise UserError(f"{path}: {name} has shape {list(saved)}, this model's is {list(tensor.shape)}")
+        if dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise UserError(f"{path}: {name} is {dtype}, this model's is {tensor.dtype}")

@@ -1,0 +1,53 @@
+"""Whether a checkpoint belongs to the run that wants to go on from it."""
+
+import json
+import logging
+
+from spectitan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Keys that decide what is trained on what, and in which order; a trailing dot means a whole table.
+MUST_MATCH = (
+    "speculator.",
+    "base.identity",
+    "data.path",
+    "data.datasets",
+    "data.weights",
+    "data.seq_length",
+    "training.global_batch_size",
+    "job.seed",
+    "optimizer.name",
+)
+
+
+def check_identity(saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
+    """Refuses to continue a run whose meaning has changed; logs every other key that has.
+
+    Args:
+        saved: `section.key` -> JSON value, of the checkpoint.
+        current: the same of this run.
+        must_match: keys, or tables ("speculator."), that may not differ.
+
+    Raises:
+        UserError: names the first such key, what it was and what it is.
+    """
+    absent = object()
+    changed = []
+    for key in sorted(saved.keys() | current.keys()):
+        was, now = (_plain(values[key]) if key in values else absent for values in (saved, current))
+        if was == now:
+            continue
+        was, now = ("absent" if value is absent else repr(value) for value in (was, now))
+        if key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match):
+            raise UserError(
+                f"{key} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, or checkpoint.resume = never"
+            )
+        changed.append(f"{key}: {was} -> {now}")
+    if changed:
+        logger.info("changed since the checkpoint: %s", "; ".join(changed))
+
+
+def _plain(value: object) -> object:
+    """As JSON would give it back: tuples become lists."""
+    return json.loads(json.dumps(value))
