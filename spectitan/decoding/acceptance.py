@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from spectitan.config.sections import Eval
-from spectitan.decoding.generation import Generation
+from spectitan.decoding.generation import EosId, Generation
 from spectitan.decoding.plain import generate_plain
 from spectitan.decoding.sampling import Sampling
 from spectitan.decoding.speculative import generate_speculative
@@ -29,7 +29,7 @@ def measure(
     prompts: Prompts,
     config: Eval,
     *,
-    eos_id: int | None,
+    eos_id: EosId,
     seed: int = 0,
     overlap: int | None = None,
 ) -> dict:
@@ -76,7 +76,7 @@ def measure(
 
 
 def measure_acceptance(
-    base: nn.Module, speculator: Speculator, prompts: Prompts, config: Eval, *, eos_id: int | None, seed: int = 0
+    base: nn.Module, speculator: Speculator, prompts: Prompts, config: Eval, *, eos_id: EosId, seed: int = 0
 ) -> dict:
     """Acceptance alone, as training reports it between steps. Arguments, errors and result: see `measure`."""
     _, speculative = decoders(base, speculator, config, eos_id, seed)
@@ -94,15 +94,17 @@ def select_prompts(prompts: Prompts, config: Eval) -> Prompts:
 
 def draft_length(speculator: Speculator, config: Eval) -> int:
     """eval.num_draft_tokens, or what the speculator was trained for."""
-    if config.num_draft_tokens == 0:
-        raise UserError("eval.num_draft_tokens is 0: give at least 1, or -1 for as many as the speculator was trained for")
-    return config.num_draft_tokens if config.num_draft_tokens > 0 else speculator.steps
+    if config.num_draft_tokens == -1:
+        return speculator.steps
+    if not 1 <= config.num_draft_tokens <= speculator.steps:
+        raise UserError(f"eval.num_draft_tokens = {config.num_draft_tokens}; allowed: -1, or 1 to the {speculator.steps} steps of the speculator")
+    return config.num_draft_tokens
 
 
 Decoder = Callable[..., Generation]  # (prompts, row_keys=...) -> Generation
 
 
-def decoders(base: nn.Module, speculator: Speculator, config: Eval, eos_id: int | None, seed: int) -> tuple[Decoder, Decoder]:
+def decoders(base: nn.Module, speculator: Speculator, config: Eval, eos_id: EosId, seed: int) -> tuple[Decoder, Decoder]:
     """Plain and speculative decoding with the same settings."""
     settings = {"max_new_tokens": config.max_new_tokens, "sampling": Sampling(config.temperature, seed=seed), "eos_id": eos_id}
     speculative = partial(generate_speculative, base, speculator, num_draft_tokens=draft_length(speculator, config), **settings)

@@ -10,6 +10,7 @@ from spectitan.errors import UserError
 from spectitan.models.llama import LlamaConfig
 
 OnTokens = Callable[[int, list[int]], None]
+EosId = int | tuple[int, ...] | None
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ class Generation:
     Args:
         prompts: token ids of each row, at least one.
         config: of the base: max_position_embeddings (its context) and vocab_size.
-        eos_id: the token that ends a text; None: nothing does.
+        eos_id: the token that ends a text, or several that do; None: nothing does.
         on_tokens: called with (row, new tokens) as they come, already cut at the row's end.
 
     Raises:
@@ -41,7 +42,7 @@ class Generation:
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig, eos_id: int | None, on_tokens: OnTokens | None
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig, eos_id: EosId, on_tokens: OnTokens | None
     ):
         context = config.max_position_embeddings
         for row, prompt in enumerate(prompts):
@@ -54,7 +55,8 @@ class Generation:
                 raise UserError(f"prompt {row} has token {found}: the base has tokens 0 to {config.vocab_size - 1}")
         self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits))
-        self.eos_id, self.on_tokens = eos_id, on_tokens
+        self.eos_ids = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
+        self.on_tokens = on_tokens
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.accepted: list[list[int]] = [[] for _ in prompts]
         self.live = [True] * len(prompts)
@@ -69,10 +71,11 @@ class Generation:
                 continue
             text = self.tokens[row]
             new = new[: self.limits[row] - len(text)]
-            if self.eos_id in new:
-                new = new[: new.index(self.eos_id) + 1]
+            end = next((i for i, token in enumerate(new) if token in self.eos_ids), None)
+            if end is not None:
+                new = new[: end + 1]
             text += new
-            if len(text) == self.limits[row] or text[-1] == self.eos_id:
+            if end is not None or len(text) == self.limits[row]:
                 self.live[row], ended = False, True
             if self.on_tokens is not None:
                 self.on_tokens(row, new)

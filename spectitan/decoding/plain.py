@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from spectitan.decoding.generation import Generation, OnTokens, pad_prompts
+from spectitan.decoding.generation import EosId, Generation, OnTokens, pad_prompts
 from spectitan.decoding.sampling import Sampling, Stream
 from spectitan.speculators.base import last_row
 
@@ -17,7 +17,7 @@ def generate_plain(
     max_new_tokens: int,
     *,
     sampling: Sampling = Sampling(),
-    eos_id: int | None = None,
+    eos_id: EosId = None,
     row_keys: Sequence[int] | None = None,
     on_tokens: OnTokens | None = None,
 ) -> Generation:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spectitan.decoding.generation import Generation, OnTokens, pad_prompts
+from spectitan.decoding.generation import EosId, Generation, OnTokens, pad_prompts
 from spectitan.decoding.sampling import Sampling, Stream, draw
 from spectitan.speculators.base import Speculator, last_row
 from spectitan.types import Draft
@@ -20,7 +20,7 @@ def generate_speculative(
     num_draft_tokens: int,
     *,
     sampling: Sampling = Sampling(),
-    eos_id: int | None = None,
+    eos_id: EosId = None,
     row_keys: Sequence[int] | None = None,
     on_tokens: OnTokens | None = None,
 ) -> Generation:
