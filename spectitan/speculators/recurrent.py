@@ -12,19 +12,22 @@ from torch import Tensor, nn
 
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
+from spectitan.models.layers import assign, draw_normal
 from spectitan.models.readout import Readout
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_row
+from spectitan.speculators.folder_config import FolderConfig
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
 NORM_EPS = 1e-6
+MAX_HEADS = 64
 
 
 @dataclass
 class MlpConfig:
     """Keys of the MLP speculator; names as in fms-fsdp."""
 
-    n_speculator_heads: int = key(3, "heads: tokens drafted in a round", minimum=1)
+    n_speculator_heads: int = key(3, "heads: tokens drafted in a round", minimum=1, maximum=MAX_HEADS)
     speculator_width: int = key(-1, "width of the drafter's state; -1: the base's hidden size", minimum=-1)
     tie_weights: bool = key(True, "one embedding, norm and head for all steps, one projection for all steps after the first")
     scale_input: bool = key(True, "normalise the base's hidden state before the first step")
@@ -44,8 +47,8 @@ class ShiftedRMSNorm(nn.Module):
 class MlpSpeculator(Speculator):
     """`speculator.type = "mlp"`: step i maps state s and token x to gelu(norm_i(proj_i(s) + alpha * emb_i(x))), scored by head_i.
 
-    Weights that steps share are held once: tied, the lists `emb`, `norm` and `head` have one entry and `proj` two, and
-    step i takes entry i or the last one. Parameter names are those of IBM's layout, `ln` and all.
+    Weights that steps share are held once: tied, the lists `emb`, `ln` and `head` have one entry and `proj` two, and
+    step i takes entry i or the last one.
 
     Args:
         config: its keys.
@@ -75,18 +78,13 @@ class MlpSpeculator(Speculator):
         self.ln = nn.ModuleList(ShiftedRMSNorm(self.width) for _ in range(distinct))
         self.head = nn.ModuleList(nn.Linear(self.width, self.vocab_size, bias=False) for _ in range(distinct))
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Matrices from N(0, 1 / sqrt(width)) in float32, in the order of `named_parameters`; norms 1, biases 0.
-
-        Args:
-            generator: on the CPU, whatever device holds the parameters.
-        """
+        """Matrices from N(0, 1 / sqrt(width)), in the order of `named_parameters`; norms 1, biases 0."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) / math.sqrt(self.width))
+                draw_normal(parameter, 1 / math.sqrt(self.width), generator)
             else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                assign(parameter, torch.full(parameter.shape, float(name.endswith("weight"))))
 
     def align(self, batch: TokenBatch) -> Targets:
         """The pairs, and as `extra` the distinct state rows [R] and each pair's place among them [N]."""
@@ -169,9 +167,9 @@ class MlpSpeculator(Speculator):
         return projections + heads + teacher
 
     def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
-        """IBM's `mlp_speculator` layout, the one that fms-extras, vLLM and ArcticInference read."""
+        """IBM's `mlp_speculator` layout, which fms-extras defines. It repeats what steps share: not all readers tie it themselves."""
         if format != "mlp_speculator":
-            raise UserError(f"export.format is {format!r}; speculator.type mlp can be written as mlp_speculator")
+            raise UserError(f"export.format = {format!r}: a speculator of type mlp is written as mlp_speculator")
         config = {
             "architectures": ["MLPSpeculatorPreTrainedModel"],
             "model_type": "mlp_speculator",
@@ -179,12 +177,32 @@ class MlpSpeculator(Speculator):
             "emb_dim": self.hidden_size,
             "inner_dim": self.width,
             "n_predict": self.steps,
-            "top_k_tokens_per_head": [1] * self.steps,
-            "n_candidates": 1,
+            # The tree of readers that draft one: their default of 5, 4, 3, continued.
+            "top_k_tokens_per_head": [max(5 - step, 1) for step in range(self.steps)],
+            "n_candidates": 5,
             "tie_weights": self.tied,
             "scale_input": self.scale_input,
         }
-        return config, {f"speculator.{name}": tensor for name, tensor in self.state_dict().items()}
+        state = self.state_dict()
+        tensors = {}
+        for step in range(self.steps):
+            for kind in ("emb", "proj", "ln", "head"):
+                entry = min(step, len(getattr(self, kind)) - 1)
+                for part in ("weight", "bias") if kind == "ln" else ("weight",):
+                    tensors[f"speculator.{kind}.{step}.{part}"] = state[f"{kind}.{entry}.{part}"]
+        return config, tensors
+
+    @staticmethod
+    def config_from_folder(config: FolderConfig) -> tuple[MlpConfig, int, int]:
+        """Its keys, the base's hidden size and vocabulary size, from the config.json of an `mlp_speculator` folder."""
+        hidden_size = config.count("emb_dim")
+        keys = MlpConfig(
+            n_speculator_heads=config.count("n_predict", at_most=MAX_HEADS),
+            speculator_width=config.count("inner_dim", at_least=0) or hidden_size,
+            tie_weights=config.flag("tie_weights"),
+            scale_input=config.flag("scale_input"),
+        )
+        return keys, hidden_size, config.count("vocab_size")
 
 
 def _entry(modules: nn.ModuleList, step: int) -> nn.Module:

@@ -1,7 +1,6 @@
 """The drafter families by name. A new one is a file beside this and an entry here."""
 
 import difflib
-from dataclasses import dataclass
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
@@ -13,13 +12,8 @@ from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
 SPECULATORS: dict[str, tuple[type, type[Speculator]]] = {"mlp": (MlpConfig, MlpSpeculator)}
 
 
-@dataclass
-class NoConfig:
-    """`speculator.type = "none"` has no keys of its own."""
-
-
-# speculator.type -> configuration keys, for config/manager
-SPECULATOR_CONFIGS: dict[str, type] = {"none": NoConfig} | {name: config for name, (config, _) in SPECULATORS.items()}
+# speculator.type -> configuration keys, for config/manager; "none", which has no keys, is known there
+SPECULATOR_CONFIGS: dict[str, type] = {name: config for name, (config, _) in SPECULATORS.items()}
 
 
 def build_speculator(type: str, config, base_config, objective: Objective) -> Speculator:
@@ -37,7 +31,7 @@ def build_speculator(type: str, config, base_config, objective: Objective) -> Sp
     if type == "none":
         return NextToken(base_config.hidden_size, base_config.vocab_size, objective)
     if type not in SPECULATORS:
-        near = difflib.get_close_matches(type, SPECULATOR_CONFIGS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"speculator.type is {type!r}{hint}; allowed: {', '.join(SPECULATOR_CONFIGS)}")
+        near = difflib.get_close_matches(type, SPECULATORS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"speculator.type = {type!r}: allowed: {', '.join(SPECULATORS)}, none{hint}")
     return SPECULATORS[type][1](config, base_config, objective)
