@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 from spectitan.errors import UserError
 
@@ -10,7 +11,8 @@ logger = logging.getLogger(__name__)
 # Keys that decide what is trained on what, and in which order; a trailing dot means a whole table.
 MUST_MATCH = (
     "speculator.",
-    "base.identity",
+    "base",  # its fingerprint
+    "base.arch",
     "data.path",
     "data.datasets",
     "data.weights",
@@ -21,10 +23,11 @@ MUST_MATCH = (
 )
 
 
-def check_identity(saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
+def check_identity(path: Path, saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
     """Refuses to continue a run whose meaning has changed; logs every other key that has.
 
     Args:
+        path: the checkpoint, for the message.
         saved: `section.key` -> JSON value, of the checkpoint.
         current: the same of this run.
         must_match: keys, or tables ("speculator."), that may not differ.
@@ -41,11 +44,11 @@ def check_identity(saved: dict[str, object], current: dict[str, object], must_ma
         was, now = ("absent" if value is absent else repr(value) for value in (was, now))
         if key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match):
             raise UserError(
-                f"{key} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, or checkpoint.resume = never"
+                f"{path}: {key} was {was} and is {now} now: set it back, use another job.dump_folder, or checkpoint.resume = never"
             )
         changed.append(f"{key}: {was} -> {now}")
     if changed:
-        logger.info("changed since the checkpoint: %s", "; ".join(changed))
+        logger.info("changed since %s: %s", path, "; ".join(changed))
 
 
 def _plain(value: object) -> object:

@@ -1,0 +1,212 @@
+"""What a run says while it trains: a console line a report, a progress bar, TensorBoard, and metrics.jsonl."""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from spectitan.config.sections import Metrics
+from spectitan.distributed import utils
+from spectitan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Dense bfloat16 FLOP/s of GPUs, from their data sheets, by what their name contains.
+_PEAK_FLOPS = {"B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class MetricsLogger:
+    """Writes reports; on ranks other than 0 it does nothing.
+
+    metrics.jsonl has one object a report; on resume it is cut back to the checkpoint, so that every step appears once.
+
+    Args:
+        config: loggers beside console and metrics.jsonl, and their folder.
+        folder: the run's dump_folder.
+        total_steps: of the whole run.
+        start_step: steps done before this process.
+    """
+
+    def __init__(self, config: Metrics, folder: str | os.PathLike, *, total_steps: int, start_step: int):
+        self.total_steps, self.file, self.tensorboard, self.bar = total_steps, None, None, None
+        if utils.rank() != 0:
+            return
+        path = Path(folder) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_after(path, start_step)
+        self.file = open(path, "a", encoding="utf-8")
+        if "tensorboard" in config.loggers:
+            self.tensorboard = _open_tensorboard(config.dir or Path(folder) / "tensorboard", start_step)
+        if sys.stderr.isatty():
+            self.bar = ProgressBar(total_steps, start_step)
+        self.peak_flops = device_peak_flops()
+        logger.info(
+            "useful FLOP/s = matrix products that the step needs (2 a multiply-add) / time, over all ranks%s",
+            f"; MFU = useful FLOP/s / (ranks x {self.peak_flops / 1e12:.0f} TFLOP/s, dense bfloat16)" if self.peak_flops else "",
+        )
+
+    def advance(self, step: int) -> None:
+        """A step is done: moves the progress bar, where there is a terminal."""
+        if self.bar:
+            self.bar.draw(step)
+
+    def report(
+        self,
+        *,
+        step: int,
+        lr: float,
+        grad_norm: float,
+        supervised_tokens: int,
+        tokens_by_dataset: dict[str, int],
+        sample_hash: str,
+        tokens_per_second: float,
+        waiting: float,
+        flops_per_second: float,
+        **per_head: list[float],
+    ) -> None:
+        """One report, about the steps since the one before.
+
+        Args:
+            step: optimizer steps done.
+            grad_norm: of the last step, before clipping.
+            supervised_tokens: targets of the first head.
+            tokens_by_dataset: supervised tokens by dataset.
+            sample_hash: of the samples trained on, in hexadecimal.
+            tokens_per_second: over all ranks.
+            waiting: share of the time spent waiting for data, 0 to 1.
+            flops_per_second: useful ones, over all ranks.
+            per_head: means over supervised targets, one number a head: loss and accuracy at least.
+        """
+        if self.file is None:
+            return
+        memory = peak_memory()
+        scalars = {"lr": lr, "grad_norm": grad_norm, "supervised_tokens": supervised_tokens, "tokens_per_second": tokens_per_second}
+        scalars |= {"waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
+        record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
+        self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self.file.flush()
+        if self.tensorboard:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, step)
+            for name, values in per_head.items():
+                for head, value in enumerate(values):
+                    self.tensorboard.add_scalar(f"{name}/head_{head}", value, step)
+        logger.info("%s", self._line(step, lr, grad_norm, tokens_per_second, waiting, flops_per_second, memory, per_head))
+
+    def _line(self, step, lr, grad_norm, tokens_per_second, waiting, flops_per_second, memory, per_head) -> str:
+        flops = f"{flops_per_second / 1e12:.3g} TFLOP/s"
+        if self.peak_flops:
+            flops += f", MFU {100 * flops_per_second / (utils.world_size() * self.peak_flops):.1f}%"
+        parts = [
+            f"step {step}/{self.total_steps}",
+            "loss " + " ".join(f"{value:.3f}" for value in per_head["loss"]),
+            "accuracy " + " ".join(f"{value:.3f}" for value in per_head["accuracy"]),
+            f"grad norm {grad_norm:.3g}" + ("" if math.isfinite(grad_norm) else " (step skipped)"),
+            f"lr {lr:.2e}",
+            f"{tokens_per_second:,.0f} tokens/s",
+            f"data {100 * waiting:.1f}%",
+            f"{memory / 1e9:.2f} GB",
+            flops,
+        ]
+        return " | ".join(parts)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation's results, by name: console and TensorBoard."""
+        if self.file is None:
+            return
+        logger.info("step %d evaluation | %s", step, " | ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"evaluation/{name}", value, step)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.clear()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.file:
+            self.file.close()
+
+
+class ProgressBar:
+    """A line on the terminal (stderr) with the share done and the time left. Log lines may be printed over it."""
+
+    WIDTH, INTERVAL = 30, 0.2  # characters; seconds between drawings
+
+    def __init__(self, total: int, start: int):
+        self.total, self.start, self.started, self.drawn = total, start, time.monotonic(), 0.0
+
+    def draw(self, step: int) -> None:
+        now = time.monotonic()
+        if now - self.drawn < self.INTERVAL and step < self.total:
+            return
+        self.drawn = now
+        seconds = (now - self.started) / max(1, step - self.start)
+        left = int(seconds * (self.total - step))
+        filled = self.WIDTH * step // max(1, self.total)
+        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        text = f"[{'#' * filled:<{self.WIDTH}}] {step}/{self.total}  {seconds:.2f} s/step  {clock} left"
+        # The cursor goes back to the line's start: the next log line is written over the bar.
+        print(f"\r{text}\x1b[K\r", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def truncate_after(path: str | os.PathLike, step: int) -> None:
+    """Removes the reports after `step` from a metrics.jsonl, and lines that a crash left half-written."""
+    path = Path(path)
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def peak_memory() -> int:
+    """Bytes, at their highest since the process began: of tensors on the GPU, else of the whole process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of this process's GPU, if it is a known one."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for part, flops in _PEAK_FLOPS.items() if all(word in name for word in part.split())), None)
+
+
+def _open_tensorboard(folder: str | os.PathLike, start_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("metrics.loggers has tensorboard, which is not installed: pip install tensorboard, or set it to []") from error
+    return SummaryWriter(str(folder), purge_step=start_step + 1)

@@ -1,0 +1,106 @@
+import json
+import logging
+import math
+
+from spectitan.config.sections import Metrics
+from spectitan.training import metrics
+from spectitan.training.metrics import MetricsLogger, ProgressBar, truncate_after
+
+
+def report(step: int, loss: float = 2.0) -> dict:
+    return dict(
+        step=step,
+        lr=1e-3,
+        loss=[loss, 3.0],
+        accuracy=[0.25, 0.125],
+        grad_norm=0.5,
+        supervised_tokens=100,
+        tokens_by_dataset={"a": 60, "b": 40},
+        sample_hash="00ff",
+        tokens_per_second=1234.5,
+        waiting=0.01,
+        flops_per_second=1e11,
+    )
+
+
+def test_every_step_appears_once_after_a_resume(tmp_path):
+    first = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=0)
+    for step in (10, 20, 30):
+        first.report(**report(step, loss=1.0))
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')  # killed while it wrote
+    second = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=20)
+    for step in (30, 40):
+        second.report(**report(step))
+    second.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [10, 20, 30, 40]
+    assert [record["loss"][0] for record in records] == [1.0, 1.0, 2.0, 2.0]
+    assert records[0]["tokens_by_dataset"] == {"a": 60, "b": 40} and records[0]["sample_hash"] == "00ff"
+
+
+def test_truncate_after_leaves_a_good_file_untouched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    truncate_after(path, 5)  # no file yet
+    path.write_text('{"step": 1}\n{"step": 5}\n')
+    before = path.stat().st_mtime_ns, path.stat().st_ino
+    truncate_after(path, 5)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
+    path.write_text('{"step": 1}\nnot json\n[]\n{"step": 7}\n{"step": 5}')
+    truncate_after(path, 6)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_console_line_is_readable_and_a_skipped_step_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        logger = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=0)
+        logger.report(**report(10))
+        logger.report(**report(20) | {"grad_norm": math.nan})
+        logger.close()
+    formula, good, bad = (record.getMessage() for record in caplog.records)
+    assert "useful FLOP/s =" in formula
+    for part in ("step 10/40", "loss 2.000 3.000", "accuracy 0.250 0.125", "grad norm 0.5", "lr 1.00e-03", "1,234 tokens/s", "data 1.0%", "0.1 TFLOP/s"):
+        assert part in good
+    assert "\n" not in good and "(step skipped)" in bad
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["grad_norm"] is None  # JSON has no NaN
+
+
+def test_tensorboard_has_every_number_and_none_twice_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
+    for start, steps in ((0, (10, 20)), (10, (20, 30))):
+        logger = MetricsLogger(Metrics(), tmp_path, total_steps=30, start_step=start)
+        for step in steps:
+            logger.report(**report(step, loss=float(step + start)))
+        logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/head_0")] == [(10, 10.0), (20, 30.0), (30, 40.0)]
+    assert {"lr", "grad_norm", "tokens_per_second", "accuracy/head_1", "peak_memory"} <= set(events.Tags()["scalars"])
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.utils, "rank", lambda: 1)
+    logger = MetricsLogger(Metrics(), tmp_path, total_steps=40, start_step=0)
+    logger.report(**report(10))
+    logger.evaluation(10, {"loss": 1.0})
+    logger.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_bar_says_the_time_left(capsys, monkeypatch):
+    clock = iter([100.0, 102.0, 102.1, 4000.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    bar = ProgressBar(total=1000, start=100)
+    bar.draw(101)  # 2 s for the one step done here, 899 to go
+    bar.draw(102)  # too soon to draw again
+    bar.draw(1000)
+    first, last = capsys.readouterr().err.split("\x1b[K\r")[:2]
+    assert "101/1000  2.00 s/step  0:29:58 left" in first and first.count("#") == 3
+    assert "1000/1000" in last and last.count("#") == 30
+
+
+def test_peak_memory_is_that_of_this_process():
+    block = bytearray(50_000_000)
+    assert len(block) < metrics.peak_memory() < 100e9
