@@ -1,0 +1,266 @@
+"""Tokenizers of model folders: tokenizer.json, or a tokenizer.model in sentencepiece's or tiktoken's format."""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from spectitan.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How Llama 3 cuts text into words, and its 256 special tokens, which follow the ranks in its file.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_NAMED_SPECIALS = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
+LLAMA3_NAMED_SPECIALS |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+LLAMA3_NUM_SPECIALS = 256
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    A document is `[bos_id] + encode(text) + [eos_id]`, a prompt is `[bos_id] + encode(text)`, without the ids that are None.
+
+    Attributes:
+        vocab_size: largest id + 1.
+        bos_id: what this tokenizer puts before a text, None if it puts nothing there (though a token of that name may exist).
+        eos_id: the end of a text; None if there is none.
+        fingerprint: hash of the files that decide ids; caches of token ids are keyed by it.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without bos_id and eos_id."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text. Releases the interpreter while it works, so that threads may call it side by side."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+
+    def document(self, ids: list[int]) -> list[int]:
+        """ids of a text with what begins and ends a document."""
+        return [*self.prompt(ids), *(() if self.eos_id is None else (self.eos_id,))]
+
+    def prompt(self, ids: list[int]) -> list[int]:
+        """ids of a text with what begins a document."""
+        return [*(() if self.bos_id is None else (self.bos_id,)), *ids]
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, the format of Hugging Face's `tokenizers`."""
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path}: not a tokenizer.json that `tokenizers` reads: {error}") from None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        settings = _read_json(path.parent / "tokenizer_config.json")
+        self.bos_id = self._first_id(settings)
+        self.eos_id = self._end_id(settings, path.parent)
+        self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def _first_id(self, settings: dict) -> int | None:
+        """add_bos_token decides where it is set, as in transformers; else what the file's own post-processor puts first."""
+        if isinstance(settings.get("add_bos_token"), bool):
+            return self._id_of(settings.get("bos_token")) if settings["add_bos_token"] else None
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        processed = self._backend.encode("a").ids
+        return processed[0] if processed[1 : 1 + len(plain)] == plain and processed[: len(plain)] != plain else None
+
+    def _end_id(self, settings: dict, folder: Path) -> int | None:
+        named = self._id_of(settings.get("eos_token"))
+        return named if named is not None else _end_id_of_configs(folder)
+
+    def _id_of(self, token: object) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        return self._backend.token_to_id(content) if isinstance(content, str) else None
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A tokenizer.model of sentencepiece, as of Llama 2; begins documents with its bos, as Llama does."""
+
+    def __init__(self, path: Path):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise UserError(f"{path}: reading it needs the package sentencepiece (pip install sentencepiece)") from None
+        try:
+            self._backend = SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError:
+            raise UserError(f"{path}: neither a sentencepiece model nor a tiktoken file") from None
+        self.vocab_size = self._backend.vocab_size()
+        settings = _read_json(path.parent / "tokenizer_config.json")
+        bos, eos = self._backend.bos_id(), self._backend.eos_id()
+        self.bos_id = bos if bos >= 0 and settings.get("add_bos_token", True) else None
+        self.eos_id = eos if eos >= 0 else None
+        self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._backend.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode(list(ids))
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A tokenizer.model in tiktoken's format, one "base64 rank" a line, with Llama 3's words and special tokens."""
+
+    def __init__(self, path: Path):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError(f"{path}: reading it needs the package tiktoken (pip install tiktoken)") from None
+        ranks = _read_ranks(path)
+        names = [LLAMA3_NAMED_SPECIALS.get(i, f"reserved_special_token_{i}") for i in range(LLAMA3_NUM_SPECIALS)]
+        specials = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
+        self._backend = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        self._first_special = len(ranks)
+        self.vocab_size = len(ranks) + LLAMA3_NUM_SPECIALS
+        self.bos_id = specials["<|begin_of_text|>"]
+        self.eos_id = specials["<|end_of_text|>"]
+        self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._backend.encode(text, allowed_special="all") for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([i for i in ids if i < self._first_special])
+
+
+class StreamDecoder:
+    """Decodes ids as they are generated: what `push` returns, put together, is the text; an unfinished character waits.
+
+    Args:
+        tokenizer: whose ids these are.
+        context: ids already shown (the prompt), so that a first word keeps the space before it.
+    """
+
+    # A character has at most four bytes, so at most four ids; more that do not decode are invalid and shown as such.
+    _MAX_HELD = 4
+    _CONTEXT = 8
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._shown = list(context)[-self._CONTEXT :]
+        self._held: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that has become certain with these further ids; may be empty."""
+        self._held += ids
+        text = self._new_text()
+        if text.endswith("\ufffd") and len(self._held) <= self._MAX_HELD:
+            return ""
+        self._shown, self._held = (self._shown + self._held)[-self._CONTEXT :], []
+        return text
+
+    def finish(self) -> str:
+        """The text that was still held back."""
+        text, self._held = self._new_text(), []
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._held)[len(before) :]
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder; tokenizer.json is preferred to tokenizer.model.
+
+    Raises:
+        UserError: no such folder, no file that can be read, a file that cannot be understood.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer(folder / "tokenizer.json")
+    model = folder / "tokenizer.model"
+    if model.is_file():
+        with model.open("rb") as file:
+            head = file.read(200)
+        return TiktokenTokenizer(model) if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", head) else SentencePieceTokenizer(model)
+    problem = "no tokenizer in this folder" if folder.is_dir() else "no such folder"
+    raise UserError(f"{folder}: {problem}; allowed: one with tokenizer.json, or tokenizer.model (sentencepiece or tiktoken)")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Trains a byte-level BPE tokenizer (words cut as GPT-2's, which suits source code); returns tokenizer.json's text.
+
+    `<|endoftext|>` is id 0, the 256 bytes are always in the vocabulary, so that no text is out of it.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise UserError(f"vocabulary of {vocab_size} tokens; allowed: at least {len(alphabet) + 1}, the bytes and {END_OF_TEXT}")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return backend.to_str(pretty=True)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(f"{path}:{number}: not a line of a tiktoken file; allowed: base64 of a token, a space, its rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{path}: ranks are not 0 .. {len(ranks) - 1}, each once")
+    return ranks
+
+
+def _end_id_of_configs(folder: Path) -> int | None:
+    """eos_token_id of generation_config.json or config.json; the first, where there are several."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _fingerprint(path: Path, *ids: int | None) -> str:
+    return hashlib.sha256(path.read_bytes() + repr(ids).encode()).hexdigest()[:16]
