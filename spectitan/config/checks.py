@@ -46,40 +46,47 @@ def check_combinations(config: Config, program: str) -> None:
 
 def _check_data(config: Config) -> None:
     datasets, weights = config.data.datasets, config.data.weights
-    _require(all(datasets), 'data.datasets has an empty name; allowed: sub-folders of data.path')
+    _require(all(datasets), "data.datasets has an empty name; allowed: sub-folders of data.path")
     _require(len(set(datasets)) == len(datasets), f"data.datasets = {datasets} names one dataset twice")
     if weights:
-        _require(len(weights) == len(datasets), f"data.weights has {len(weights)} numbers and data.datasets {len(datasets)} names; allowed: as many")
+        as_many = len(weights) == len(datasets)
+        _require(as_many, f"data.weights has {len(weights)} numbers and data.datasets {len(datasets)} names; allowed: as many")
         _require(any(weights), "data.weights are all 0; allowed: at least one above 0")
 
 
 def _check_training(config: Config) -> None:
-    training, base, scheduler = config.training, config.base, config.lr_scheduler
-    none = config.speculator.type == "none"
+    training, base, family = config.training, config.base, config.speculator.type
     _require(
         (training.num_steps == -1) != (training.epochs == -1),
         f"training.num_steps = {training.num_steps} and training.epochs = {training.epochs}; allowed: one of them, the other -1",
     )
-    divides = training.global_batch_size % training.micro_batch_size == 0
     _require(
-        training.global_batch_size == -1 or divides,
-        f"training.global_batch_size = {training.global_batch_size}; allowed: -1, or a multiple of training.micro_batch_size = {training.micro_batch_size}",
+        training.global_batch_size == -1 or training.global_batch_size % training.micro_batch_size == 0,
+        f"training.global_batch_size = {training.global_batch_size}; allowed: -1, or a multiple of "
+        f"training.micro_batch_size = {training.micro_batch_size}",
     )
-    _require(not (none and base.freeze), 'speculator.type = "none" and base.freeze = true leave nothing to train; set base.freeze = false')
-    _require(none or base.freeze, f'base.freeze = false; allowed with speculator.type = "none" only, and it is "{config.speculator.type}"')
-    _require(not (base.init == "random" and base.freeze), 'base.init = "random" and base.freeze = true would keep random weights; set base.freeze = false')
-    _require(not (none and config.objective.loss == "kl_div"), 'objective.loss = "kl_div" with speculator.type = "none": a base has no teacher; allowed: "ce"')
-    _require(not (none and config.export.format == "mlp_speculator"), 'export.format = "mlp_speculator" with speculator.type = "none"; allowed: auto, hf, none')
-    _require(none or config.export.format != "hf", 'export.format = "hf" writes a trained base, and base.freeze = true; allowed: auto, mlp_speculator, none')
-    betas = config.optimizer.betas
+    if base.freeze:
+        _require(family != "none", 'speculator.type = "none" with base.freeze = true leaves nothing to train; allowed: base.freeze = false')
+        _require(base.init != "random", 'base.init = "random" with base.freeze = true keeps random weights; allowed: base.freeze = false')
+        exports_base = config.export.format == "hf"
+        _require(not exports_base, 'export.format = "hf" writes a trained base; allowed with base.freeze = false only')
+    else:
+        _require(family == "none", f'base.freeze = false with speculator.type = "{family}"; allowed: base.freeze = true, or type "none"')
+        _require(config.objective.loss == "ce", 'objective.loss = "kl_div" with speculator.type = "none" has no teacher; allowed: ce')
+        exported = config.export.format
+        _require(exported != "mlp_speculator", f'export.format = "{exported}" with speculator.type = "none"; allowed: auto, hf, none')
+    _check_optimizer(config)
+
+
+def _check_optimizer(config: Config) -> None:
+    betas, scheduler, num_steps = config.optimizer.betas, config.lr_scheduler, config.training.num_steps
     _require(len(betas) == 2 and max(betas) < 1, f"optimizer.betas = {betas}; allowed: two numbers, each at least 0 and below 1")
     start = scheduler.stage2_start_step
-    if start != -1:
-        _require(scheduler.type == "two_stage", f'lr_scheduler.stage2_start_step = {start} with type = "{scheduler.type}"; allowed with "two_stage" only')
-        _require(
-            training.num_steps == -1 or start < training.num_steps,
-            f"lr_scheduler.stage2_start_step = {start}; allowed: below training.num_steps = {training.num_steps}",
-        )
+    if start == -1:
+        return
+    given = f"lr_scheduler.stage2_start_step = {start}"
+    _require(scheduler.type == "two_stage", f'{given} with lr_scheduler.type = "{scheduler.type}"; allowed with "two_stage" only')
+    _require(num_steps == -1 or start < num_steps, f"{given}; allowed: below training.num_steps = {num_steps}")
 
 
 def _require(condition: object, message: str) -> None:

@@ -90,10 +90,7 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
     for label, value in _file_values(tables, path, classes, keys):
         values[label] = _known(keys, label, family, foreign, path).checked(value, path)
     for label, text in flags.items():
-        key = _known(keys, label, family, foreign, "command line")
-        if text is None and key.type is not bool:
-            raise UserError(f"command line: --{label} needs a value: {key.allowed()} (--{label}=VALUE if it begins with --)")
-        values[label] = True if text is None else key.from_text(text)
+        values[label] = _flag_value(_known(keys, label, family, foreign, "command line"), text)
 
     made = {name: section() for name, section in classes.items()}
     for label, value in values.items():
@@ -123,16 +120,28 @@ def _split_flags(argv: list[str]) -> dict[str, str | None]:
     return flags
 
 
+def _flag_value(key: Key, text: str | None) -> object:
+    if text is not None:
+        return key.from_text(text)
+    if key.type is bool:
+        return True
+    raise UserError(f"command line: --{key.label} needs a value: {key.allowed()} (--{key.label}=VALUE if it begins with --)")
+
+
 def _read_file(path: str) -> dict:
+    content = b""
     try:
-        return tomllib.loads(Path(path).read_bytes().decode())
+        content = Path(path).read_bytes()
+        return tomllib.loads(content.decode())
     except OSError as error:
         raise UserError(f"job.config_file = {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}: not valid UTF-8 (at line {line})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        last_line = len(content.splitlines())
+        place = str(error).replace("at end of document", f"at line {last_line}, the end of the file")
+        raise UserError(f"{path}: not valid TOML: {place}") from None
 
 
 def _type_key(families: typing.Iterable[str]) -> Key:
@@ -143,10 +152,10 @@ def _type_key(families: typing.Iterable[str]) -> Key:
 def _chosen_family(flags: dict, tables: dict, path: str, families: typing.Iterable[str]) -> str:
     """speculator.type, which says what other keys the table [speculator] has."""
     key = _type_key(families)
-    if flags.get("speculator.type") is not None:
-        return key.from_text(flags["speculator.type"])
+    if key.label in flags:
+        return _flag_value(key, flags[key.label])
     table = tables.get("speculator", {})
-    return key.checked(table.get("type", key.default), path) if isinstance(table, dict) else key.default
+    return key.checked(table.get("type", key.default), path or "default") if isinstance(table, dict) else key.default
 
 
 def _file_values(tables: dict, path: str, classes: dict[str, type], keys: dict[str, Key]) -> typing.Iterator[tuple[str, object]]:

@@ -32,7 +32,9 @@ class Base:
     arch: str = key("embedllama", "architecture of the base model", choices=("embedllama",))
     variant: str = key("auto", "a registered variant (7b, 8b, 70b, ...); auto reads config.json in base.path")
     path: str = key("", "folder in Hugging Face layout: config.json, safetensors, tokenizer; spectitan:NAME is one that ships")
-    init: str = key("pretrained", "weights from base.path, or random (only config.json and tokenizer are read)", choices=("pretrained", "random"))
+    init: str = key(
+        "pretrained", "weights from base.path, or random (only config.json and tokenizer are read)", choices=("pretrained", "random")
+    )
     freeze: bool = key(True, "keep the base as it is; false trains it")
 
 
@@ -44,16 +46,22 @@ class Parallelism:
 @dataclass
 class Data:
     path: str = key("", "file or folder of text; python:stdlib is the running Python's standard library source")
-    format: str = key("auto", "text: each file is a document; jsonl: one JSON object a line; auto: by suffix", choices=("auto", "text", "jsonl"))
+    format: str = key(
+        "auto", "text: each file is a document; jsonl: one JSON object a line; auto: by suffix", choices=("auto", "text", "jsonl")
+    )
     suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads")
     text_column: str = key("text", "JSONL key that holds the text")
     datasets: list[str] = key([], "sub-folders of data.path to use, each one dataset; empty: all of data.path as one dataset")
-    weights: list[float] = key([], "share of tokens of each of data.datasets, any positive numbers, 0 leaves one out; empty: by size", minimum=0)
+    weights: list[float] = key(
+        [], "share of tokens of each of data.datasets, any positive numbers, 0 leaves one out; empty: by size", minimum=0
+    )
     seq_length: int = key(2048, "tokens in a sample", minimum=2)
     holdout: float = key(0.0, "share of files (text) or lines (jsonl) held out for evaluation, chosen by hash", minimum=0, maximum=0.5)
     val_path: str = key("", "file or folder of evaluation text; empty: the held-out share")
     on_invalid: str = key("error", "undecodable text: stop, or skip it, name it and count it", choices=("error", "skip"))
-    drop_overlap: str = key("", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted")
+    drop_overlap: str = key(
+        "", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted"
+    )
     cache_dir: str = key("", "folder of tokenised shards; empty: ~/.cache/spectitan (or $SPECTITAN_CACHE)")
     processes: int = key(-1, "processes that tokenise; -1: one a core", minimum=-1)
     loader_workers: int = key(0, "processes that read samples during training; 0: the trainer itself", minimum=0)
@@ -65,7 +73,11 @@ class Training:
     epochs: float = key(-1.0, "passes over the data, if num_steps is -1", minimum=-1)
     global_batch_size: int = key(-1, "samples in an optimizer step, over all ranks; -1: micro_batch_size times ranks", minimum=-1)
     micro_batch_size: int = key(8, "samples in one forward of one rank", minimum=1)
-    compute_dtype: str = key("auto", "auto: bfloat16 where the hardware is fast at it, else float32; masters stay float32", choices=("auto", "bfloat16", "float32", "float64"))
+    compute_dtype: str = key(
+        "auto",
+        "auto: bfloat16 where the hardware is fast at it, else float32; masters stay float32",
+        choices=("auto", "bfloat16", "float32", "float64"),
+    )
     max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; 0: no clipping", minimum=0)
 
 
@@ -86,9 +98,15 @@ class Optimizer:
 
 @dataclass
 class LRScheduler:
-    type: str = key("cosine", "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule", choices=("linear", "cosine", "constant", "two_stage"))
+    type: str = key(
+        "cosine",
+        "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule",
+        choices=("linear", "cosine", "constant", "two_stage"),
+    )
     warmup_steps: int = key(-1, "steps of linear warm-up; -1: 5% of the run, at most 2000", minimum=-1)
-    decay_ratio: float = key(1.0, "linear and cosine: share of the run, at its end, in which the rate decays; before it is constant", above=0, maximum=1)
+    decay_ratio: float = key(
+        1.0, "linear and cosine: share of the run, at its end, in which the rate decays; before it is constant", above=0, maximum=1
+    )
     min_lr_ratio: float = key(0.0, "linear and cosine: last learning rate over the peak", minimum=0, maximum=1)
     num_cosine_cycles: float = key(0.5, "cosine: number of waves; 0.5 falls once from the peak to the minimum", above=0)
     stage2_start_step: int = key(-1, "two_stage: step at which the second stage's schedule begins; -1: no second stage", minimum=-1)
@@ -98,7 +116,11 @@ class LRScheduler:
 class Checkpoint:
     interval: int = key(1000, "steps between checkpoints; one is always written at the end", minimum=1)
     load_path: str = key("", "checkpoint, or folder of checkpoints, to start from if this run has none of its own")
-    resume: str = key("auto", "auto: go on from this run's newest valid checkpoint; never: move the old folder aside and start anew", choices=("auto", "never"))
+    resume: str = key(
+        "auto",
+        "auto: go on from this run's newest valid checkpoint; never: move the old folder aside and start anew",
+        choices=("auto", "never"),
+    )
     keep_latest_k: int = key(2, "checkpoints kept; 0: all", minimum=0)
 
 
@@ -111,14 +133,19 @@ class Metrics:
 
 @dataclass
 class Compile:
-    enabled: str = key("auto", "torch.compile of blocks: auto where a C++ compiler (CPU) or a GPU is found", choices=("auto", "true", "false"))
+    enabled: str = key(
+        "auto", "torch.compile of blocks: auto where a C++ compiler (CPU) or a GPU is found", choices=("auto", "true", "false")
+    )
 
 
 @dataclass
 class Eval:
     interval: int = key(0, "steps between evaluations; 0: only at the end", minimum=0)
     at_end: bool = key(True, "measure acceptance and speed after the last step and write report.json")
-    prompts: str = key("spectitan:pystdlib", "prompts file: JSON lines {\"tokens\": [ids]} or {\"text\": ...}; spectitan:NAME ships; none: held-out loss only")
+    prompts: str = key(
+        "spectitan:pystdlib",
+        "prompts file: JSON lines {\"tokens\": [ids]} or {\"text\": ...}; spectitan:NAME ships; none: held-out loss only",
+    )
     num_prompts: int = key(-1, "prompts used of the file; -1: all", minimum=-1)
     max_new_tokens: int = key(128, "tokens generated for each prompt", minimum=1)
     temperature: float = key(0.0, "0: greedy", minimum=0)
@@ -130,7 +157,11 @@ class Eval:
 
 @dataclass
 class Export:
-    format: str = key("auto", "auto: the family's first; mlp_speculator: IBM's layout; hf: the base in Hugging Face layout; none", choices=("auto", "mlp_speculator", "hf", "none"))
+    format: str = key(
+        "auto",
+        "auto: the family's first; mlp_speculator: IBM's layout; hf: the base in Hugging Face layout; none",
+        choices=("auto", "mlp_speculator", "hf", "none"),
+    )
     path: str = key("", "folder to write; empty: dump_folder/export")
     base_name: str = key("", "name of the base that the folder carries; empty: _name_or_path of its config, else its folder's name")
 
@@ -148,7 +179,9 @@ class Generate:
 @dataclass
 class Prepare:
     show: int = key(1, "samples printed, with the tokens that are supervised marked", minimum=0)
-    tokenizer_vocab_size: int = key(0, "train a byte-level BPE tokenizer of this size on the data and write it into base.path; 0: use the one there", minimum=0)
+    tokenizer_vocab_size: int = key(
+        0, "train a byte-level BPE tokenizer of this size on the data and write it into base.path; 0: use the one there", minimum=0
+    )
 
 
 @dataclass

@@ -1,0 +1,358 @@
+"""Configuration: precedence, types and bounds, messages, the resolved file, and help."""
+
+import dataclasses
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spectitan.config import checks, manager, sections
+from spectitan.config.keys import keys_of
+from spectitan.config.manager import Config, load
+from spectitan.config.sections import key
+from spectitan.errors import UserError
+from spectitan.speculators.registry import SPECULATOR_CONFIGS
+
+
+@dataclass
+class Alpha:
+    heads: int = key(3, "number of heads", minimum=1)
+    scale: float = key(0.5, "scale of the input", above=0)
+    tied: bool = key(True, "one weight for all")
+    dims: list[int] = key([16, 8], "widths", minimum=1)
+
+
+@dataclass
+class Beta:
+    layers: list[str] = key(["first"], "names of layers")
+
+
+FAMILIES = {"alpha": Alpha, "beta": Beta}
+TRAINED = ["--data.path", "texts", "--base.path", "base"]
+NEEDED = [*TRAINED, "--training.num_steps", "10", "--speculator.type", "alpha"]
+
+
+def loaded(*flags: str, program: str = "train") -> Config:
+    return load([*NEEDED, *flags], program, FAMILIES)
+
+
+def message(*flags: str, program: str = "train", needed: list[str] = NEEDED) -> str:
+    with pytest.raises(UserError) as error:
+        load([*needed, *flags], program, FAMILIES)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def all_keys(family: type = Alpha) -> list:
+    tables = typing.get_type_hints(Config)
+    own = list(keys_of("speculator", family).values())
+    return [key for table, section in tables.items() for key in keys_of(table, section).values()] + own
+
+
+@pytest.fixture
+def toml_file(tmp_path):
+    def write(text: str | bytes, name: str = "run.toml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def test_flag_wins_over_file_and_file_over_default(toml_file):
+    path = toml_file('[training]\nnum_steps = 7\nmicro_batch_size = 3\n[speculator]\ntype = "beta"\nlayers = ["a", "b"]')
+    config = load(["--base.path=b", "--training.num_steps", "9", "--job.config_file", path, "--data.path", "d"], "train", FAMILIES)
+    assert (config.training.num_steps, config.training.micro_batch_size, config.data.seq_length) == (9, 3, 2048)
+    assert (config.speculator.type, config.speculator.layers, config.speculator.path) == ("beta", ["a", "b"], "")
+    assert isinstance(config.speculator, Beta) and isinstance(config.speculator, sections.SpeculatorSelection)
+    assert config.job.config_file == path
+
+
+def test_family_comes_from_flag_then_file_then_default(toml_file):
+    path = toml_file('[speculator]\ntype = "beta"')
+    common = ["--base.path", "b", "--data.path", "d", "--training.num_steps", "1", "--job.config_file", path]
+    assert isinstance(load([*common, "--speculator.type", "alpha"], "train", FAMILIES).speculator, Alpha)
+    assert isinstance(load(common, "train", FAMILIES).speculator, Beta)
+    assert isinstance(load(["--base.path", "b"], "evaluate", {"mlp": Alpha}).speculator, Alpha)  # the default is "mlp"
+    alone = load([*common, "--speculator.type=none", "--base.freeze=false"], "train", FAMILIES)
+    assert [field.name for field in dataclasses.fields(alone.speculator)] == ["type", "path"]
+
+
+@pytest.mark.parametrize(
+    "flags, table, name, value",
+    [
+        (["--training.num_steps", "-1", "--training.epochs", "2"], "training", "num_steps", -1),
+        (["--training.epochs=-1"], "training", "epochs", -1.0),
+        (["--optimizer.lr=3"], "optimizer", "lr", 3.0),
+        (["--optimizer.lr", "1e-3"], "optimizer", "lr", 0.001),
+        (["--data.datasets", "a,b", "--data.weights", "0.5, 1"], "data", "weights", [0.5, 1.0]),
+        (["--data.datasets="], "data", "datasets", []),
+        (["--metrics.loggers", ""], "metrics", "loggers", []),
+        (["--speculator.dims", "4"], "speculator", "dims", [4]),
+        (["--job.deterministic"], "job", "deterministic", True),
+        (["--job.deterministic", "--job.seed", "1"], "job", "deterministic", True),
+        (["--job.deterministic", "False"], "job", "deterministic", False),
+        (["--speculator.tied=false"], "speculator", "tied", False),
+        (["--compile.enabled", "true"], "compile", "enabled", "true"),
+        (["--generate.prompt", "a = b, c == d"], "generate", "prompt", "a = b, c == d"),
+        (["--generate.prompt=--x=1"], "generate", "prompt", "--x=1"),
+        (["--generate.prompt", "-x"], "generate", "prompt", "-x"),
+        (["--generate.prompt="], "generate", "prompt", ""),
+        (["--job.seed", "1", "--job.seed", "2"], "job", "seed", 2),
+        (["--job.seed", str(2**63 - 1)], "job", "seed", 2**63 - 1),
+    ],
+)
+def test_flags(flags, table, name, value):
+    found = getattr(getattr(loaded(*flags), table), name)
+    assert found == value and type(found) is type(value)
+    assert [type(item) for item in found] == [type(item) for item in value] if isinstance(value, list) else True
+
+
+@pytest.mark.parametrize(
+    "text, table, name, value",
+    [
+        ("[optimizer]\nlr = 3", "optimizer", "lr", 3.0),
+        ("[compile]\nenabled = false", "compile", "enabled", "false"),
+        ("[optimizer]\nbetas = [0, 0.5]", "optimizer", "betas", [0.0, 0.5]),
+        ("optimizer.eps = 1e-300", "optimizer", "eps", 1e-300),
+        ("[generate]\nprompt = '''two\nlines'''", "generate", "prompt", "two\nlines"),
+    ],
+)
+def test_file_values(toml_file, text, table, name, value):
+    found = getattr(getattr(loaded("--job.config_file", toml_file(text)), table), name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--training.micro_batch_size", "0"], ["training.micro_batch_size = 0", "an integer, at least 1"]),
+        (["--training.micro_batch_size", "2.5"], ['= "2.5"', "an integer"]),
+        (["--training.num_steps", "-2"], ["training.num_steps = -2", "at least -1"]),
+        (["--training.num_steps", "many"], ['training.num_steps = "many"']),
+        (["--training.num_steps"], ["--training.num_steps needs a value", "an integer"]),
+        (["--training.num_steps", "--job.seed", "1"], ["--training.num_steps needs a value"]),
+        (["--optimizer.lr", "nan"], ["optimizer.lr = nan", "a number, above 0"]),
+        (["--optimizer.lr", "0"], ["optimizer.lr = 0.0", "above 0"]),
+        (["--training.max_grad_norm", "inf"], ["training.max_grad_norm = inf"]),
+        (["--training.max_grad_norm", "1e400"], ["training.max_grad_norm = inf"]),
+        (["--data.holdout", "0.6"], ["data.holdout = 0.6", "at least 0, at most 0.5"]),
+        (["--data.datasets", "a", "--data.weights", "-1"], ["data.weights = [-1.0]", "each at least 0"]),
+        (["--data.datasets", "a", "--data.weights", "x"], ['data.weights = ["x"]', "list of numbers"]),
+        (["--metrics.loggers", "wandb"], ['metrics.loggers = ["wandb"]', "list of any of tensorboard"]),
+        (["--objective.loss", "mse"], ['objective.loss = "mse"', "one of ce, kl_div"]),
+        (["--job.deterministic", "yes"], ['job.deterministic = "yes"', "true or false"]),
+        (["--job.seed", str(2**63)], ["job.seed = 9223372036854775808"]),
+        (["--job.seed", "9" * 5000], ["job.seed", "..."]),
+        (["--speculator.type", "gamma"], ['speculator.type = "gamma"', "one of alpha, beta, none"]),
+        (["--speculator.type"], ["--speculator.type needs a value"]),
+        (["--speculator.layers", "x"], ["speculator.layers is a key of", '"beta"', 'is "alpha"']),
+        (["--data.path", "a\udcffb"], ["data.path", "a string"]),
+        (["--training.num_step", "5"], ["'training.num_step'", "nearest is training.num_steps"]),
+        (["--training.num-steps", "5"], ["nearest is training.num_steps"]),
+        (["--trainig.num_steps", "5"], ["nearest is training.num_steps"]),
+        (["--num_steps", "5"], ["nearest is training.num_steps"]),
+        (["--training.seq_length", "5"], ["nearest is data.seq_length"]),
+        (["--speculator.head", "5"], ["nearest is speculator.heads"]),
+        (["--training", "5"], ["unknown key 'training'"]),
+        (["--"], ["unknown key ''"]),
+        (["train.toml"], ["unexpected argument 'train.toml'", "--section.key value"]),
+        (["-v"], ["unexpected argument '-v'"]),
+        (["--job.config_file", "no_such.toml"], ["job.config_file = no_such.toml", "No such file"]),
+        (["--job.config_file", "."], ["job.config_file = .", "directory"]),
+    ],
+)
+def test_mistakes_in_flags(flags, parts):
+    text = message(*flags)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("[training]\nnum_steps = ", ["line 2"]),
+        ("[training]\nnum_steps = 1\nnum_steps = 2", ["not valid TOML"]),
+        (b"[training]\n\n# \xff", ["not valid UTF-8", "line 3"]),
+        ("x = " + "[" * 5000, ["not valid TOML"]),
+        ("[trainng]\nnum_steps = 1", ["unknown table [trainng]", "nearest is [training]"]),
+        ("num_steps = 1", ["num_steps stands in no table", "training.num_steps"]),
+        ("training = 1", ["training is a table"]),
+        ("speculator = 1", ["speculator is a table"]),
+        ("[training]\nnum_stps = 1", ["unknown key 'training.num_stps'", "nearest is training.num_steps"]),
+        ("[training.num_steps]\nx = 1", ["training.num_steps = ", "an integer"]),
+        ("[[training]]\nnum_steps = 1", ["training is a table"]),
+        ("[training]\nnum_steps = 1.0", ["training.num_steps = 1.0", "an integer"]),
+        ("[training]\nnum_steps = true", ["training.num_steps = true", "an integer"]),
+        ("[training]\nepochs = true", ["training.epochs = true", "a number"]),
+        ("[optimizer]\nlr = nan", ["optimizer.lr = nan"]),
+        ("[optimizer]\nlr = 1" + "0" * 400, ["optimizer.lr"]),
+        ("[optimizer]\nbetas = [0.5, -inf]", ["optimizer.betas"]),
+        ('[optimizer]\nbetas = ["a", 0.5]', ['optimizer.betas = ["a", 0.5]', "list of numbers"]),
+        ("[optimizer]\nbetas = 0.5", ["optimizer.betas = 0.5", "list of numbers"]),
+        ("[base]\nfreeze = 1", ["base.freeze = 1", "true or false"]),
+        ('[base]\nfreeze = "true"', ["base.freeze", "true or false"]),
+        ("[base]\nvariant = 7", ["base.variant = 7", "a string"]),
+        ("[base]\nvariant = 2020-01-01", ["base.variant", "a string"]),
+        ("[data]\ncache_dir = 'x\\y'\npath = \"a\\u0000b\"", ["data.path", "a string"]),
+        ("[speculator]\nlayers = []", ["speculator.layers is a key of", '"beta"']),
+        ("[speculator]\nheads = 0", ["speculator.heads = 0"]),
+        ('[job]\nconfig_file = "other.toml"', ["job.config_file belongs on the command line"]),
+    ],
+)
+def test_mistakes_in_files_name_the_file(toml_file, text, parts):
+    path = toml_file(text)
+    found = message("--job.config_file", path)
+    for part in [path, *parts]:
+        assert part in found
+
+
+def test_family_in_file_must_be_known(toml_file):
+    path = toml_file('[speculator]\ntype = "gamma"')
+    assert "one of alpha, beta, none" in message("--job.config_file", path, needed=NEEDED[:-2])
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--training.epochs", "1"], ["training.num_steps", "training.epochs"]),
+        (["--training.num_steps", "-1"], ["training.num_steps", "training.epochs"]),
+        (["--training.num_steps", "0"], ["training.num_steps"]),
+        (["--training.num_steps=-1", "--training.epochs=-0.5"], ["training.epochs"]),
+        (["--training.global_batch_size", "12"], ["training.global_batch_size", "training.micro_batch_size"]),
+        (["--job.threads", "0"], ["job.threads"]),
+        (["--job.dump_folder", ""], ["job.dump_folder"]),
+        (["--data.path", ""], ["data.path"]),
+        (["--base.path", ""], ["base.path"]),
+        (["--data.weights", "1"], ["data.weights", "data.datasets"]),
+        (["--data.weights", "1,2", "--data.datasets", "a,b,c"], ["data.weights", "data.datasets"]),
+        (["--data.weights", "0,0", "--data.datasets", "a,b"], ["data.weights"]),
+        (["--data.datasets", "a,b,a"], ["data.datasets"]),
+        (["--data.datasets", "a,,b"], ["data.datasets"]),
+        (["--base.freeze", "false"], ["base.freeze", "speculator.type"]),
+        (["--base.init", "random"], ["base.init", "base.freeze"]),
+        (["--speculator.type", "none"], ["speculator.type", "base.freeze"]),
+        (["--speculator.type", "none", "--base.freeze=false", "--objective.loss", "kl_div"], ["objective.loss", "speculator.type"]),
+        (["--speculator.type=none", "--base.freeze=false", "--export.format=mlp_speculator"], ["export.format", "speculator.type"]),
+        (["--export.format", "hf"], ["export.format", "base.freeze"]),
+        (["--optimizer.betas", "0.9"], ["optimizer.betas"]),
+        (["--optimizer.betas", "0.9,1"], ["optimizer.betas"]),
+        (["--lr_scheduler.stage2_start_step", "5"], ["lr_scheduler.stage2_start_step", "two_stage"]),
+        (["--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=10"], ["stage2_start_step", "training.num_steps"]),
+    ],
+)
+def test_combinations_that_cannot_be_trained(flags, named):
+    text = message(*flags)
+    for name in named:
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    "program, flags, named",
+    [
+        ("prepare", ["--base.path", "b"], "data.path"),
+        ("prepare", ["--data.path", "d"], "base.path"),
+        ("evaluate", [], "speculator.path"),
+        ("export", [], "base.path"),
+        ("generate", ["--base.path", "b"], "generate.prompt"),
+        ("generate", ["--base.path", "b", "--generate.prompt=a", "--generate.prompt_file=f"], "generate.prompt_file"),
+    ],
+)
+def test_what_other_programs_need(program, flags, named):
+    assert named in message("--speculator.type", "alpha", *flags, program=program, needed=[])
+
+
+@pytest.mark.parametrize(
+    "program, flags",
+    [
+        ("evaluate", ["--base.path", "b", "--speculator.path", "s"]),
+        ("export", ["--speculator.path", "s"]),
+        ("generate", ["--base.path", "b", "--generate.prompt", "x"]),
+        ("prepare", ["--base.path", "b", "--data.path", "d"]),
+        ("train", [*TRAINED, "--training.epochs=0.1", "--speculator.type=none", "--base.freeze=false", "--base.init=random"]),
+        ("train", [*TRAINED, "--training.num_steps=9", "--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=8"]),
+    ],
+)
+def test_what_is_enough(program, flags):
+    load(flags, program, {"mlp": Alpha})
+
+
+ODD = {
+    str: ['"', "back\\slash", "tab\tline\nreturn\r", "\x7f\x1b\x01", "# no", "'''\"\"\"", "ünï \u2028 🦙", "true", "1", "", "a,b = [c]"],
+    int: [0, 1, -1, 7, 2**63 - 1, -(2**63) + 1],
+    float: [0.1, 1 / 3, -1.0, 5e-324, 1.7976931348623157e308, 1e16, 1e22, 123456789.123456789, 2.0, 0.5, -0.0],
+    bool: [True, False],
+}
+
+
+@pytest.mark.parametrize("key", all_keys() + list(keys_of("speculator", Beta).values())[-1:], ids=lambda key: key.label)
+def test_resolved_file_gives_the_same_configuration(key, tmp_path):
+    """Every key with odd values, as flag and as file."""
+    if key.label in ("job.config_file", "speculator.type"):
+        return
+    items = list(key.choices) or ODD[key.item_type]
+    tried = 0
+    for value in [[], items[:1], items, items[::-1]] if key.is_list else items:
+        try:
+            key.checked(value, "")
+        except UserError:
+            continue
+        family = "beta" if key.name == "layers" else "alpha"
+        config = load(["--base.path", "b", "--speculator.path", "s", "--speculator.type", family], "evaluate", FAMILIES)
+        setattr(getattr(config, key.section), key.name, value)
+        try:
+            checks.check_combinations(config, "evaluate")
+        except UserError:
+            continue
+        path = tmp_path / "config.toml"
+        path.write_text(config.to_toml(), encoding="utf-8", newline="\n")
+        again = load(["--job.config_file", str(path)], "evaluate", FAMILIES)
+        again.job.config_file = ""
+        assert again == config
+        assert again.to_toml() == config.to_toml()
+        assert repr(getattr(getattr(again, key.section), key.name)) == repr(value)  # -0.0 == 0.0
+        if not key.is_list:
+            text = str(value).lower() if key.type is bool else str(value)
+            assert repr(key.from_text(text)) == repr(value)
+        tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_load(path):
+    load(["--job.config_file", str(path)], "train", SPECULATOR_CONFIGS)
+
+
+def test_keys_have_help_and_defaults_that_are_allowed():
+    for key in all_keys():
+        assert key.help and "\n" not in key.help
+        assert repr(key.checked(key.default, "default")) == repr(key.default)
+        assert key.type in (bool, int, float, str) or key.is_list and key.item_type in (int, float, str)
+
+
+def test_defaults_are_not_shared():
+    first, second = loaded(), loaded()
+    first.optimizer.betas.append(0.5)
+    assert second.optimizer.betas == loaded().optimizer.betas == [0.9, 0.95]
+
+
+@pytest.mark.parametrize("columns, width", [("40", 100), ("120", 120), ("300", 140)])
+def test_help_prints_every_key_with_meaning_and_default(columns, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as end:
+        load(["--training.nonsense", "--help"], "evaluate", FAMILIES)
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width
+    assert text.startswith("usage: python -m spectitan.evaluate")
+    words = re.sub(r"\s+", " ", text)
+    for key in all_keys() + list(keys_of("speculator", Beta).values()):
+        default = manager.toml_value(key.default)
+        description = f"--{key.label} {key.help} ("
+        assert description in words
+        assert re.match(rf"[^;]*; default {re.escape(default)}\)", words.split(description)[1])
+    for table in typing.get_type_hints(Config):
+        assert f"\n[{table}]\n" in text
+    assert "one of alpha, beta, none" in words
