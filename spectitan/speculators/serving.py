@@ -8,7 +8,7 @@ The family says what stands in config.json and under which names (`Speculator.se
 import json
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
+from spectitan.models.hf_config import ARCHITECTURES, read_config
 from spectitan.models.safetensors_files import SINGLE, locate_tensors, open_tensors
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.folder_config import FolderConfig
@@ -39,7 +40,18 @@ def default_format(type: str) -> str:
     return _FORMAT_OF_TYPE[type]
 
 
-def write_folder(speculator: Speculator, path: str | Path, format: str, base_name: str, base_architecture: str) -> None:
+def name_of_base(base_path: Path, name: str = "") -> str:
+    """What a folder calls its base: `name` (export.base_name), else `_name_or_path` of the base's config.json, else its folder's name.
+
+    A path of this machine is never written unless `name` asks for it.
+    """
+    if not name:
+        stored = json.loads((base_path / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+        name = stored if isinstance(stored, str) and not PureWindowsPath(stored).anchor and not stored.startswith(("/", "~", ".")) else ""
+    return name or base_path.resolve().name
+
+
+def write_folder(speculator: Speculator, path: str | Path, format: str, base_path: Path, base_name: str = "") -> None:
     """Writes a serving folder, in float32. Every rank calls it; rank 0 writes.
 
     All is written to a folder beside `path` first. A new `path` then appears at once; in one that exists, the three files
@@ -49,14 +61,18 @@ def write_folder(speculator: Speculator, path: str | Path, format: str, base_nam
         speculator: sharded or not.
         path: the folder, made with its parents.
         format: as `export.format`, not auto.
-        base_name: what the folder calls the base: a name on a hub, or a path.
-        base_architecture: the base's entry in the `architectures` of its config.json.
+        base_path: the base's folder; its config.json is read.
+        base_name: what the folder calls the base; "": see `name_of_base`.
 
     Raises:
         UserError: the format cannot hold this speculator.
     """
     config, tensors = speculator.serving(format)
-    config |= {"base_model_name_or_path": base_name, "base_model_archs": [base_architecture], "torch_dtype": "float32"}
+    config |= {
+        "base_model_name_or_path": name_of_base(base_path, base_name),
+        "base_model_archs": [ARCHITECTURES[read_config(base_path).model_type]],
+        "torch_dtype": "float32",
+    }
     # A name that repeats another's tensor gets a copy: safetensors has no aliases.
     full = {name: _full(tensor).to("cpu", torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -122,7 +138,7 @@ def serve_notes(format: str, folder: str, base_name: str, num_draft_tokens: int)
         f"VLLM_USE_V1=0 vllm serve {base_name} --speculative-config '{speculative}'",
         "",
         "Servers that take it:",
-        "- vLLM 0.8 to 0.9 with its V0 engine (VLLM_USE_V1=0, the command above). Its V1 engine, the only one of later versions, does not.",
+        "- vLLM 0.9 with its V0 engine (VLLM_USE_V1=0, the command above). Its V1 engine, the only one of later versions, does not.",
         '- ArcticInference (on vLLM 0.18), once "architectures" in config.json is ["ArcticMLPSpeculatorPreTrainedModel"]:',
         f"  ARCTIC_INFERENCE_ENABLED=1 vllm serve {base_name} --speculative-config "
         f"'{json.dumps({'method': 'arctic', 'model': folder, 'num_speculative_tokens': num_draft_tokens})}'",
