@@ -1,0 +1,39 @@
+"""torch.compile of the base's blocks, one by one: a graph a block is compiled once and serves them all."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from spectitan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def apply_compile(enabled: str, device: torch.device, blocks: Iterable[nn.Module]) -> None:
+    """Compiles blocks in place; parameter names stay as they are.
+
+    Args:
+        enabled: `compile.enabled`; auto compiles on a GPU, and on a CPU if there is a C++ compiler.
+
+    Raises:
+        UserError: "true", and there is no compiler.
+    """
+    if enabled == "false":
+        return
+    if device.type == "cpu" and not _cpp_compiler():
+        if enabled == "true":
+            raise UserError("compile.enabled = true needs a C++ compiler: g++ or clang++ in PATH, or CXX; or set auto or false")
+        logger.info("compile.enabled = auto: no C++ compiler found, running eagerly")
+        return
+    for block in blocks:
+        block.compile()
+    logger.info("base: blocks compiled")
+
+
+def _cpp_compiler() -> str | None:
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
