@@ -124,7 +124,7 @@ class Checkpointer:
                 return path
             logger.warning("checkpoint %s is broken (%s), trying the one before", path, problem)
         if folders:
-            raise UserError(f"{self.folder}: all {len(folders)} checkpoints are broken; mend or move the folder, or set checkpoint.resume = never")
+            raise UserError(f"{self.folder}: all {len(folders)} checkpoints are broken: mend one, or set checkpoint.resume = never")
         return None
 
     def load(self, path: str | os.PathLike, tensors: dict[str, Tensor]) -> dict:
