@@ -61,7 +61,7 @@ def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, Ll
         base = trained.section("base", Base)
     if not base.path:
         where = f"{trained.path} does not hold its base" if trained else "there is nothing to take it from"
-        raise UserError(f"base.path is empty, and {where}; allowed: a folder with config.json, safetensors and tokenizer, or spectitan:NAME")
+        raise UserError(f"base.path is empty, and {where}; allowed: a folder in Hugging Face layout, or spectitan:NAME")
     path = resolve_base_path(base.path)
     return base, path, choose_config(base.arch, base.variant, path)
 
@@ -107,7 +107,8 @@ def read_speculator(trained: Trained, base_config: LlamaConfig) -> Speculator | 
     type = trained.keys["speculator.type"]
     if type == "none":
         return None
-    speculator = build_speculator(type, trained.section("speculator", SPECULATORS[type][0]), base_config, trained.section("objective", Objective))
+    config, objective = trained.section("speculator", SPECULATORS[type][0]), trained.section("objective", Objective)
+    speculator = build_speculator(type, config, base_config, objective)
     _fill(speculator, read_tensors(trained.path, "speculator."), trained.path)
     return speculator
 

@@ -64,9 +64,9 @@ class MlpSpeculator(Speculator):
         self.width = self.hidden_size if config.speculator_width == -1 else config.speculator_width
         self.loss, self.chunk_rows = objective.loss, objective.chunk_rows
         if self.width < 1:
-            raise UserError(f"speculator.speculator_width is {config.speculator_width}; allowed: 1 or more, or -1 for the base's hidden size")
+            raise UserError("speculator.speculator_width = 0; allowed: 1 or more, or -1 for the base's hidden size")
         if self.tied and self.steps == 1:
-            raise UserError("speculator.tie_weights is true with speculator.n_speculator_heads = 1; weights are tied among 2 heads or more")
+            raise UserError("speculator.tie_weights = true; allowed: false with speculator.n_speculator_heads = 1: nothing to tie")
         # In expectation the first state makes up half of the last one's magnitude.
         state_weight = 0.5 ** (0.5 / self.steps)
         self.alpha = math.sqrt((1 - state_weight**2) * self.width / 2) / state_weight

@@ -83,6 +83,7 @@ def write_folder(speculator: Speculator, path: str | Path, format: str, base_pat
         temporary.mkdir(parents=True)
         save_file(full, temporary / SINGLE, metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(temporary / "config.json", temporary / SINGLE)  # safetensors lets only the owner read
         (temporary / "README.md").write_text(_readme(config, sum(p.numel() for p in speculator.parameters())), encoding="utf-8")
         if not path.exists():
             temporary.rename(path)
@@ -119,8 +120,8 @@ def load_speculator(path: str | Path, base_config, objective: Objective = Object
     module, base_shape, expected = _skeleton(folder, objective)
     if base_shape != (base_config.hidden_size, base_config.vocab_size):
         raise UserError(
-            f"{folder.file}: the speculator is for a base with hidden size {base_shape.hidden_size} and vocabulary {base_shape.vocab_size}; "
-            f"this base has {base_config.hidden_size} and {base_config.vocab_size}"
+            f"{folder.file}: the speculator is for a base with hidden size {base_shape.hidden_size} and vocabulary "
+            f"{base_shape.vocab_size}; this base has {base_config.hidden_size} and {base_config.vocab_size}"
         )
     stored = _read_tensors(Path(path), expected)
     module.to_empty(device="cpu")
