@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from spectitan.config.sections import Eval
-from spectitan.decoding.generation import EosId, Generation
+from spectitan.decoding.generation import EosId, Generation, check_prompts
 from spectitan.decoding.plain import generate_plain
 from spectitan.decoding.sampling import Sampling
 from spectitan.decoding.speculative import generate_speculative
 from spectitan.errors import UserError
+from spectitan.models.llama import LlamaConfig
 from spectitan.speculators.base import Speculator
 
 Prompts = Sequence[Sequence[int]]
@@ -39,8 +40,7 @@ def measure(
 
     Args:
         base, speculator: whole (not sharded), of one dtype; float32 if `identical` is to mean anything.
-        overlap: documents of the training data that contain 64 consecutive tokens of a prompt, to stand beside the figures;
-            None: not counted.
+        overlap: prompts of which 64 consecutive tokens stand in the training data, to stand beside the figures; None: not counted.
 
     Returns:
         What summarize_acceptance and measure_speed return; identical: greedy texts are equal on all prompts, up to and including
@@ -49,7 +49,7 @@ def measure(
     Raises:
         UserError: no prompts, one that does not fit the base's context, or eval.num_draft_tokens out of range.
     """
-    prompts = select_prompts(prompts, config)
+    prompts = select_prompts(prompts, config, base.config)
     plain, speculative = decoders(base, speculator, config, eos_id, seed)
     texts, accepted = decode_all(speculative, prompts, config.batch_size)
     difference = None
@@ -80,15 +80,16 @@ def measure_acceptance(
 ) -> dict:
     """Acceptance alone, as training reports it between steps. Arguments, errors and result: see `measure`."""
     _, speculative = decoders(base, speculator, config, eos_id, seed)
-    _, accepted = decode_all(speculative, select_prompts(prompts, config), config.batch_size)
+    _, accepted = decode_all(speculative, select_prompts(prompts, config, base.config), config.batch_size)
     return summarize_acceptance(accepted, draft_length(speculator, config))
 
 
-def select_prompts(prompts: Prompts, config: Eval) -> Prompts:
-    """The first eval.num_prompts of them."""
+def select_prompts(prompts: Prompts, config: Eval, base_config: LlamaConfig) -> Prompts:
+    """The first eval.num_prompts of them, all checked before any is decoded."""
     prompts = prompts[: config.num_prompts if config.num_prompts >= 0 else None]
     if not prompts:
         raise UserError(f"eval.num_prompts is {config.num_prompts} and eval.prompts is {config.prompts!r}: at least one prompt is needed")
+    check_prompts(prompts, base_config)
     return prompts
 
 
@@ -97,7 +98,8 @@ def draft_length(speculator: Speculator, config: Eval) -> int:
     if config.num_draft_tokens == -1:
         return speculator.steps
     if not 1 <= config.num_draft_tokens <= speculator.steps:
-        raise UserError(f"eval.num_draft_tokens = {config.num_draft_tokens}; allowed: -1, or 1 to the {speculator.steps} steps of the speculator")
+        allowed = f"-1, or 1 to the {speculator.steps} steps of the speculator"
+        raise UserError(f"eval.num_draft_tokens = {config.num_draft_tokens}; allowed: {allowed}")
     return config.num_draft_tokens
 
 

@@ -13,6 +13,25 @@ OnTokens = Callable[[int, list[int]], None]
 EosId = int | tuple[int, ...] | None
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:
+    """Raises UserError for a prompt that is empty, leaves no room for a token, or has a token unknown to the base."""
+    context = config.max_position_embeddings
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {number} is empty: give at least one token to continue")
+        if len(prompt) >= context:
+            raise UserError(f"prompt {number} has {len(prompt)} tokens: the base's context of {context} leaves room for at most {context - 1}")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            found = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            raise UserError(f"prompt {number} has token {found}: the base has tokens 0 to {config.vocab_size - 1}")
+
+
+def eos_ids(config: LlamaConfig, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """All tokens that end a text: those of the base's config.json and the tokenizer's own."""
+    of_config = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    return tuple(sorted({token for token in (*of_config, tokenizer_eos) if token is not None}))
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [batch, longest] padded on the right with 0, and int64 [batch] lengths."""
     longest = max(map(len, prompts))
@@ -32,7 +51,7 @@ class Generation:
         on_tokens: called with (row, new tokens) as they come, already cut at the row's end.
 
     Raises:
-        UserError: an empty prompt, one that leaves no room for a token, or one with a token that the base does not have.
+        UserError: see `check_prompts`.
 
     Attributes:
         tokens: the generated tokens of each row.
@@ -44,16 +63,8 @@ class Generation:
     def __init__(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig, eos_id: EosId, on_tokens: OnTokens | None
     ):
-        context = config.max_position_embeddings
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {row} is empty: give at least one token to continue")
-            if len(prompt) >= context:
-                raise UserError(f"prompt {row} has {len(prompt)} tokens: the base's context of {context} leaves room for at most {context - 1}")
-            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-                found = next(token for token in prompt if not 0 <= token < config.vocab_size)
-                raise UserError(f"prompt {row} has token {found}: the base has tokens 0 to {config.vocab_size - 1}")
-        self.limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+        check_prompts(prompts, config)
+        self.limits = [min(max_new_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits))
         self.eos_ids = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
         self.on_tokens = on_tokens

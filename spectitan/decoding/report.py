@@ -36,7 +36,7 @@ def table(report: dict) -> str:
 
 def _rows(report: dict) -> list[tuple[str, str]]:
     """(name, formatted value) of the figures that are not lists over positions."""
-    units = {"plain_tokens_per_second": "tokens/s", "speculative_tokens_per_second": "tokens/s", "speedup": "x", "round_cost": "plain tokens"}
+    units = {"speedup": "x", "round_cost": "plain tokens"}
     rows = []
     for name, value in report.items():
         if isinstance(value, float):

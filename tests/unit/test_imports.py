@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "states": {"models", "data", "decoding", "distributed"},
     "training": {"distributed"},
     "program": {"config"},
-    "finish": {"models", "data", "distributed", "speculators", "decoding", "states", "training"},  # the end that programs share
+    "evaluation": {"models", "data", "speculators", "decoding", "states"},
+    # Shared by programs.
+    "finish": {"evaluation", "models", "data", "distributed", "speculators", "decoding", "states", "training"},
 }
 OURS = set(MAY_IMPORT) | LEAVES | PROGRAMS
 

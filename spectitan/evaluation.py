@@ -1,0 +1,76 @@
+"""The report on a base and its speculator: held-out loss, acceptance, speed. Shared by evaluate and the end of training."""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from spectitan.config.sections import Eval, Objective
+from spectitan.data.tokenizer import Tokenizer
+from spectitan.decoding.acceptance import measure
+from spectitan.decoding.generation import eos_ids
+from spectitan.decoding.heldout import heldout_report, heldout_sums
+from spectitan.speculators.base import Speculator, align_targets
+from spectitan.speculators.next_token import NextToken
+from spectitan.states.online import OnlineStates
+from spectitan.types import TokenBatch
+
+
+def evaluate_models(
+    base: nn.Module,
+    speculator: Speculator | None,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    validation: Sequence[TokenBatch],
+    config: Eval,
+    *,
+    seed: int,
+    overlap: int | None = None,
+) -> dict:
+    """All figures of report.json.
+
+    Args:
+        base, speculator: whole, frozen, of one dtype; without a speculator the base alone is measured.
+        prompts: token ids; none, and acceptance and speed are left out.
+        validation: held-out batches on the CPU; none, and held-out loss is left out.
+        overlap: see decoding.acceptance.measure.
+
+    Returns:
+        Per head heldout_loss (nats a token), heldout_accuracy, ...; base_heldout_loss (nats a token), base_bits_per_byte,
+        base_heldout_accuracy; and what `measure` returns.
+    """
+    report = {}
+    if speculator is not None and prompts:
+        eos = eos_ids(base.config, tokenizer.eos_id)
+        report |= measure(base, speculator, prompts, config, eos_id=eos, seed=seed, overlap=overlap)
+    if validation:
+        report |= base_heldout(base, tokenizer, validation)
+        if speculator is not None:
+            source = OnlineStates(base, speculator.taps, frozen=True)
+            report |= heldout_report(speculator.metrics, *heldout_sums(speculator, source, validation, base.readout))
+    return report
+
+
+def base_heldout(base: nn.Module, tokenizer: Tokenizer, validation: Sequence[TokenBatch]) -> dict:
+    """The base's own loss on held-out text, in nats a token and in bits a byte of that text.
+
+    A token that ends a text costs nats and has no bytes.
+    """
+    next_token = NextToken(base.config.hidden_size, base.config.vocab_size, Objective())
+    sums, counts = heldout_sums(next_token, OnlineStates(base, (), frozen=True), validation, base.readout)
+    nats, correct = (float(total) for total in sums[0, :2])
+    tokens = max(int(counts[0]), 1)
+    num_bytes = sum(supervised_bytes(batch, tokenizer) for batch in validation)
+    return {
+        "base_heldout_loss": nats / tokens,
+        "base_bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+        "base_heldout_accuracy": correct / tokens,
+    }
+
+
+def supervised_bytes(batch: TokenBatch, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the tokens that the base's own loss predicts; a character that a sample cuts counts up to twice."""
+    supervised = batch.loss_mask.new_zeros(batch.tokens.numel())
+    supervised[align_targets(batch, steps=1, lookahead=0).teacher + 1] = True
+    rows = zip(batch.tokens, supervised.view_as(batch.tokens))
+    return sum(len(tokenizer.decode(tokens[kept].tolist()).encode()) for tokens, kept in rows)
