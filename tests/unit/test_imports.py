@@ -24,9 +24,9 @@ MAY_IMPORT = {
     "states": {"models", "data", "decoding", "distributed"},
     "training": {"distributed"},
     "program": {"config"},
-    "evaluation": {"models", "data", "speculators", "decoding", "states"},
     # Shared by programs.
-    "finish": {"evaluation", "models", "data", "distributed", "speculators", "decoding", "states", "training"},
+    "evaluation": {"models", "data", "speculators", "decoding", "states"},
+    "trained": {"config", "models", "speculators", "training"},
 }
 OURS = set(MAY_IMPORT) | LEAVES | PROGRAMS
 
