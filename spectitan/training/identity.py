@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 from spectitan.errors import UserError
 
@@ -23,11 +22,10 @@ MUST_MATCH = (
 )
 
 
-def check_identity(path: Path, saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
+def check_identity(saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
     """Refuses to continue a run whose meaning has changed; logs every other key that has.
 
     Args:
-        path: the checkpoint, for the message.
         saved: `section.key` -> JSON value, of the checkpoint.
         current: the same of this run.
         must_match: keys, or tables ("speculator."), that may not differ.
@@ -44,11 +42,11 @@ def check_identity(path: Path, saved: dict[str, object], current: dict[str, obje
         was, now = ("absent" if value is absent else repr(value) for value in (was, now))
         if key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match):
             raise UserError(
-                f"{path}: {key} was {was} and is {now} now: set it back, use another job.dump_folder, or checkpoint.resume = never"
+                f"{key} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, or checkpoint.resume = never"
             )
         changed.append(f"{key}: {was} -> {now}")
     if changed:
-        logger.info("changed since %s: %s", path, "; ".join(changed))
+        logger.info("changed since the checkpoint: %s", "; ".join(changed))
 
 
 def _plain(value: object) -> object:

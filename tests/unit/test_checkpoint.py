@@ -367,14 +367,13 @@ def test_move_aside_never_overwrites(tmp_path):
 
 def test_identity_names_the_key_and_logs_the_rest(caplog):
     saved = {"data.weights": [0.5, 0.5], "speculator.width": 4, "optimizer.lr": 1e-3, "eval.interval": 5}
-    path = Path("checkpoints/step-00000005")
     with caplog.at_level("INFO"):
-        check_identity(path, saved, saved | {"data.weights": (0.5, 0.5), "optimizer.lr": 2e-3})
+        check_identity(saved, saved | {"data.weights": (0.5, 0.5), "optimizer.lr": 2e-3})
     assert "optimizer.lr: 0.001 -> 0.002" in caplog.text and "data" not in caplog.text
-    with pytest.raises(UserError, match=r"step-00000005: speculator.width was 4 and is 8 now"):
-        check_identity(path, saved, saved | {"speculator.width": 8})
-    with pytest.raises(UserError, match=r"data.weights was \[0.5, 0.5\] and is absent now"):
-        check_identity(path, saved, {key: value for key, value in saved.items() if key != "data.weights"})
+    with pytest.raises(UserError, match=r"speculator.width was 4 in the checkpoint and is 8 now"):
+        check_identity(saved, saved | {"speculator.width": 8})
+    with pytest.raises(UserError, match=r"data.weights was \[0.5, 0.5\] in the checkpoint and is absent now"):
+        check_identity(saved, {key: value for key, value in saved.items() if key != "data.weights"})
 
 
 def test_state_json_that_is_no_json_is_one_line(three):
