@@ -16,7 +16,7 @@ from spectitan.data.validation import build_validation
 from spectitan.decoding.report import table, write_report
 from spectitan.distributed.mesh import choose_device
 from spectitan.errors import UserError
-from spectitan.evaluation import evaluate_models
+from spectitan.evaluation import evaluate_models, training_overlap
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.trained import find_trained, load_base, load_speculator_for
@@ -36,13 +36,12 @@ def evaluate(config: Config, stop: StopSignal) -> None:
     speculator = load_speculator_for(config, base)
     tokenizer = load_tokenizer(base_path)
     prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
-    validation = []
-    if config.eval.loss_samples and (config.data.val_path or config.data.path and config.data.holdout):
-        validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)
+    validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)
     if not prompts and not validation:
         raise UserError("nothing to measure: give eval.prompts (acceptance of a speculator), or data.val_path or data.holdout (loss)")
 
-    report = evaluate_models(base, speculator, tokenizer, prompts, validation, config.eval, seed=config.job.seed)
+    overlap = training_overlap(config.data, tokenizer, prompts)
+    report = evaluate_models(base, speculator, tokenizer, prompts, validation, config.eval, seed=config.job.seed, overlap=overlap)
     print(table(report))
     print(f"written: {write_report(report, config.job.dump_folder)}")
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from spectitan.config.sections import Eval, Objective
+from spectitan.config.sections import Data, Eval, Objective
+from spectitan.data.corpus import tokenise_training
+from spectitan.data.overlap import count_overlap
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.decoding.acceptance import measure
 from spectitan.decoding.generation import eos_ids
@@ -49,6 +51,13 @@ def evaluate_models(
             source = OnlineStates(base, speculator.taps, frozen=True)
             report |= heldout_report(speculator.metrics, *heldout_sums(speculator, source, validation, base.readout))
     return report
+
+
+def training_overlap(data: Data, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> int | None:
+    """How many prompts share 64 consecutive tokens with the training data; None without prompts or data.path."""
+    if not prompts or not data.path:
+        return None
+    return count_overlap([dataset.shards for dataset in tokenise_training(data, tokenizer) if dataset.shards is not None], prompts)
 
 
 def base_heldout(base: nn.Module, tokenizer: Tokenizer, validation: Sequence[TokenBatch]) -> dict:
