@@ -15,27 +15,27 @@ class Slots(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of `length` slots a row. Slot and position of a committed token are the same number.
+    """Keys and values of `length` slots a row. A committed token's slot is its place in the row.
 
     A forward writes its m tokens into slots `lengths + 0 .. m - 1` and leaves `lengths` alone; `commit(counts)` keeps the
     first counts of them, the rest is garbage that the next forward overwrites. A rollback lowers `lengths`.
 
+    Heads, their size and the dtype are those of the first keys written: they are known where they are made, whatever
+    precision or sharding that runs under.
+
     Args:
-        layers, batch, kv_heads, length, head_dim: shape.
-        dtype, device: of keys and values.
+        layers, batch, length: shape; length is the slots of a row.
+        device: of everything.
 
     Attributes:
-        keys, values: one tensor [batch, kv_heads, length, head_dim] a layer. They start at zero: a masked slot has weight 0,
-            but 0 times the NaN of unset memory would be NaN.
         lengths: int64 [batch], committed tokens.
     """
 
-    def __init__(self, layers: int, batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (batch, kv_heads, length, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+    def __init__(self, layers: int, batch: int, length: int, device: torch.device | str):
         self.length = length
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._keys: list[Tensor | None] = [None] * layers  # [batch, kv_heads, length, head_dim] each
+        self._values: list[Tensor | None] = [None] * layers
 
     def next_slots(self, m: int) -> Slots:
         """The slots of the next m tokens of every row. Call it once a forward: on a GPU it waits for `lengths`."""
@@ -47,7 +47,9 @@ class KVCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Stores [batch, kv_heads, m, head_dim]; returns views [batch, kv_heads, slots.stop, head_dim] for attention."""
-        all_keys, all_values = self.keys[layer], self.values[layer]
+        if self._keys[layer] is None:  # zeros: a masked slot has weight 0, but 0 times the NaN of unset memory would be NaN
+            self._keys[layer], self._values[layer] = (x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
+        all_keys, all_values = self._keys[layer], self._values[layer]
         if slots.start >= 0:  # a slice is several times faster than a scatter
             all_keys[:, :, slots.start : slots.stop] = keys
             all_values[:, :, slots.start : slots.stop] = values

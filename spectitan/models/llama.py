@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectitan.errors import UserError
-from spectitan.models.kv_cache import KVCache
+from spectitan.models.kv_cache import KVCache, Slots
 from spectitan.models.layers import (
     Attention,
     DecoderLayer,
@@ -106,10 +106,8 @@ class EmbedLLaMA(nn.Module):
                 draw_normal(parameter, std, generator)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of `length` slots a row, in the dtype and on the device of the weights."""
-        weight, config = self.readout.norm.weight, self.config
-        kv_heads = self.layers[0].self_attn.k_proj.weight.shape[0] // config.head_dim
-        return KVCache(config.num_layers, batch, kv_heads, length, config.head_dim, weight.dtype, weight.device)
+        """An empty cache of `length` slots a row, on the device of the weights."""
+        return KVCache(self.config.num_layers, batch, length, self.readout.norm.weight.device)
 
     def flops(self, tokens: int, seq_length: int) -> int:
         """Floating-point operations of the matrix products of a forward without the head: 2 a multiply-add.
@@ -168,7 +166,9 @@ class EmbedLLaMA(nn.Module):
         kept[len(self.layers)] = x
         return BaseStates(self.readout.final(x), tuple(kept[tap] for tap in taps))
 
-    def _document_attention(self, tokens: Tensor, document_ids: Tensor | None, positions: Tensor | None, dtype: torch.dtype):
+    def _document_attention(
+        self, tokens: Tensor, document_ids: Tensor | None, positions: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
         """Positions int64 [batch or 1, seq], and the bias of attention, None where it is plainly causal."""
         length, window = tokens.shape[1], self.config.sliding_window
         index = torch.arange(length, device=tokens.device)
@@ -185,7 +185,7 @@ class EmbedLLaMA(nn.Module):
             visible = visible & (document_ids[:, :, None] == document_ids[:, None, :])
         return positions, attention_bias(visible, dtype)
 
-    def _cache_attention(self, slots, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _cache_attention(self, slots: Slots, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Bias of attention over the slots, None for single tokens that see every slot."""
         window, m = self.config.sliding_window, slots.index.shape[1]
         windowed = 0 < window < slots.stop

@@ -89,7 +89,7 @@ def get_model(
     """
     _check_choice("base.arch", arch, _ARCHITECTURES)
     _check_choice("base.init", init, ("pretrained", "random"))
-    config = _choose_config(arch, variant, path)
+    config = choose_config(arch, variant, path)
     if init == "pretrained" and not path:
         raise UserError('base.path is empty: base.init = "pretrained" needs a folder with weights; base.init = "random" does not')
     with torch.device("meta"):
@@ -102,7 +102,7 @@ def get_model(
     return model
 
 
-def _choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:
+def choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:
     if variant == "auto":
         if not path:
             raise UserError(f'base.path is empty: base.variant = "auto" reads config.json there; or name one of {", ".join(_VARIANTS[arch])}')
