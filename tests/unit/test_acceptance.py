@@ -188,7 +188,8 @@ def test_first_difference_is_named_with_its_margin(trained):
 
 
 @pytest.mark.parametrize(
-    "changes, words", [({"num_draft_tokens": 4}, "eval.num_draft_tokens = 4; allowed: -1, or 1 to the 3 steps"), ({"prompts": "x"}, "at least one")]
+    "changes, words",
+    [({"num_draft_tokens": 4}, "eval.num_draft_tokens = 4; allowed: -1, or 1 to the 3 steps"), ({"prompts": "x"}, "at least one")],
 )
 def test_settings_that_cannot_be(trained, changes, words):
     with pytest.raises(UserError, match=words):
@@ -200,11 +201,13 @@ def test_heldout_loss_is_the_plain_mean(trained):
     batches = [text_batch(500, rows=3, length=11), text_batch(501, rows=2, length=23)]
     sums, counts = heldout_sums(drafter, OnlineStates(base, drafter.taps, frozen=True), batches, base.readout)
     report = heldout_report(drafter.metrics, sums, counts)
-    own = heldout_report(NextToken.metrics, *heldout_sums(NextToken(32, VOCAB, Objective()), OnlineStates(base, (), True), batches, base.readout))
+    next_token = NextToken(32, VOCAB, Objective())
+    own = heldout_report(next_token.metrics, *heldout_sums(next_token, OnlineStates(base, (), True), batches, base.readout))
     losses, hits, base_losses = [[], [], []], [[], [], []], []
     for batch in batches:
         final = base(batch.tokens).final
-        base_losses.append(F.cross_entropy(base.readout.logits(final[:, :-1]).flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"))
+        logits = base.readout.logits(final[:, :-1]).flatten(0, 1)
+        base_losses.append(F.cross_entropy(logits, batch.tokens[:, 1:].flatten(), reduction="none"))
         state = drafter.first_state(final)
         for step in range(3):
             known = batch.tokens.roll(-1 - step, 1)

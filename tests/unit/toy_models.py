@@ -45,7 +45,7 @@ class ToyBase(nn.Module):
             code = code * self.config.vocab_size + token
         return self.table[code]
 
-    def forward(self, tokens: Tensor, document_ids=None, *, cache: ToyCache, positions: Tensor | None = None, mask=None, taps=()) -> BaseStates:
+    def forward(self, tokens: Tensor, document_ids=None, *, cache: ToyCache, positions: Tensor | None = None, taps=()) -> BaseStates:
         self.passes += 1
         slots = cache.lengths[:, None] + torch.arange(tokens.shape[1])
         positions = slots if positions is None else positions
