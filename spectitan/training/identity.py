@@ -42,7 +42,8 @@ def check_identity(saved: dict[str, object], current: dict[str, object], must_ma
         was, now = ("absent" if value is absent else repr(value) for value in (was, now))
         if key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match):
             raise UserError(
-                f"{key} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, or checkpoint.resume = never"
+                f"{key} was {was} in the checkpoint and is {now} now: "
+                "set it back, use another job.dump_folder, or checkpoint.resume = never"
             )
         changed.append(f"{key}: {was} -> {now}")
     if changed:

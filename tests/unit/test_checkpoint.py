@@ -92,7 +92,8 @@ def empty():
 def three(tmp_path):
     """A checkpointer with steps 1, 2, 3, and a fresh one that has verified nothing."""
     for step in (1, 2, 3):
-        Checkpointer(tmp_path / "checkpoints").save(step, {name: tensor * step for name, tensor in TENSORS.items()}, {"position": 10 * step})
+        tensors = {name: tensor * step for name, tensor in TENSORS.items()}
+        Checkpointer(tmp_path / "checkpoints").save(step, tensors, {"position": 10 * step})
     return Checkpointer(tmp_path / "checkpoints")
 
 

@@ -1,0 +1,154 @@
+import builtins
+import io
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spectitan.distributed import fsdp
+from spectitan.distributed.mesh import ParallelDims, choose_device, init_distributed
+from spectitan.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def world():
+    world = init_distributed("none", device="cpu")
+    yield world
+    world.close()
+
+
+def test_one_process_makes_its_own_group_and_ends_it():
+    assert not dist.is_initialized()
+    world = init_distributed("none", device="cpu")
+    assert (world.rank, world.world_size, world.device, world.is_main) == (0, 1, CPU, True)
+    assert world.mesh.mesh_dim_names == ("shard",) and world.mesh.size() == 1
+    world.close()
+    world.close()
+    assert not dist.is_initialized()
+
+
+def test_the_callers_group_is_used_and_left_open(world):
+    embedded = init_distributed("fsdp", device="cpu")
+    embedded.close()
+    assert dist.is_initialized()
+
+
+def test_several_processes_without_sharding_are_refused_before_anyone_waits(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="parallelism.sharding_strategy = none takes one process, 3 were started"):
+        init_distributed("none", device="cpu")
+    assert not dist.is_initialized()
+
+
+def test_degrees_must_make_up_the_processes():
+    assert ParallelDims.from_strategy("fsdp", 5) == ParallelDims(world_size=5, shard=5)
+    with pytest.raises(UserError, match=r"shard \(2\) must equal the number of processes \(3\)"):
+        ParallelDims(world_size=3, shard=2)
+
+
+def test_the_device_can_be_chosen(monkeypatch):
+    monkeypatch.setenv("SPECTITAN_DEVICE", "cpu")
+    assert choose_device() == CPU
+    monkeypatch.setenv("SPECTITAN_DEVICE", "tpu")
+    assert choose_device("cpu") == CPU
+    with pytest.raises(UserError, match="'tpu': allowed are cpu and cuda"):
+        choose_device()
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", torch.float32),
+        ("flags\t\t: fpu avx512_bf16 avx2", torch.bfloat16),
+        ("flags\t\t: fpu amx_bf16 amx_tile", torch.bfloat16),
+        ("Features\t: fp asimd bf16 i8mm", torch.bfloat16),
+        ("Features\t: fp asimd", torch.float32),
+        ("no such line", torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(builtins, "open", lambda path: io.StringIO(f"processor\t: 0\n{flags}\n"))
+    assert fsdp.resolve_compute_dtype("auto", CPU) == expected
+
+
+def test_named_dtypes():
+    assert fsdp.resolve_compute_dtype("float64", CPU) == fsdp.master_dtype(torch.float64) == torch.float64
+    assert fsdp.resolve_compute_dtype("bfloat16", CPU) == torch.bfloat16 and fsdp.master_dtype(torch.bfloat16) == torch.float32
+
+
+class Scaled(nn.Module):
+    """A layer with a float buffer, and a float argument that must not be rounded on the way in."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(9, 5)
+        self.register_buffer("frequencies", torch.rand(3))
+
+    def forward(self, hidden, weights):
+        assert weights.dtype == self.frequencies.dtype == torch.float32 and self.linear.weight.dtype == hidden.dtype
+        return (self.linear(hidden).float().sum(1) * weights).sum()
+
+
+def test_bfloat16_has_float32_masters_and_adds_micro_batches_in_float32(world):
+    torch.manual_seed(0)
+    plain = Scaled()
+    sharded = Scaled()
+    sharded.load_state_dict(plain.state_dict())
+    fsdp.shard_trained(sharded, [], world.mesh, torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in sharded.parameters())
+    plain.linear.to(torch.bfloat16)
+
+    micro_batches = [(torch.randn(4, 9).bfloat16(), torch.tensor([1001.0, 1.0, 0.5, 3.0])) for _ in range(3)]
+    expected = {name: torch.zeros(parameter.shape) for name, parameter in plain.named_parameters()}
+    for i, (hidden, weights) in enumerate(micro_batches):
+        plain.zero_grad()
+        loss = plain(hidden, weights)
+        loss.backward()
+        for name, parameter in plain.named_parameters():
+            expected[name] += parameter.grad.float()
+        fsdp.set_gradient_sync([sharded], enabled=i == 2)
+        sharded_loss = sharded(hidden, weights)
+        assert torch.equal(sharded_loss, loss)
+        sharded_loss.backward()
+    for name, parameter in sharded.named_parameters():
+        assert parameter.grad.dtype == torch.float32 and torch.equal(parameter.grad.full_tensor(), expected[name])
+
+
+def test_a_frozen_base_of_one_process_is_held_in_the_compute_dtype():
+    base = Scaled()
+    base.alias = base.linear
+    frequencies = base.frequencies.clone()
+    fsdp.hold_frozen(base, CPU, torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 and not parameter.requires_grad for parameter in base.parameters())
+    assert torch.equal(base.frequencies, frequencies) and base.alias.weight is base.linear.weight
+
+
+def test_large_tensors_ask_for_huge_pages():
+    """Linux marks memory that asked for them with the flag hg."""
+    script = """
+import torch
+from spectitan.training.allocator import use_huge_pages
+use_huge_pages()
+tensor, inside = torch.ones(1 << 22), False
+for line in open("/proc/self/smaps"):
+    words = line.split()
+    if "-" in words[0]:
+        first, last = (int(end, 16) for end in words[0].split("-"))
+        inside = first <= tensor.data_ptr() + (1 << 23) < last
+    elif words[0] == "VmFlags:" and inside:
+        print("hg" in words)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == str(Path("/sys/kernel/mm/transparent_hugepage").exists())
