@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spectitan.decoding.generation import EosId, Generation, OnTokens, pad_prompts
-from spectitan.decoding.sampling import Sampling, Stream
+from spectitan.decoding.sampling import Sampler, Sampling, Stream
 from spectitan.speculators.base import last_row
 
 
@@ -31,7 +31,7 @@ def generate_plain(
     """
     device = base.readout.head.weight.device
     text = Generation(prompts, max_new_tokens, base.config, eos_id, on_tokens)
-    keys = torch.tensor(range(len(prompts)) if row_keys is None else row_keys, device=device)
+    sampler = Sampler(sampling, torch.tensor(range(len(prompts)) if row_keys is None else row_keys, device=device))
     tokens, lengths = pad_prompts(prompts, device)
     cache = base.new_cache(len(prompts), text.longest)
     live = torch.ones_like(lengths)
@@ -40,7 +40,7 @@ def generate_plain(
     cache.commit(lengths)
     hidden = last_row(states, lengths)
     for position in range(max_new_tokens):
-        token, _ = sampling.picker(Stream.TEXT, keys, position)(base.readout.logits(hidden), 0)
+        token, _ = sampler.picker(Stream.TEXT, position)(base.readout.logits(hidden), 0)
         if text.append(token[:, None].tolist()):
             if not any(text.live):
                 break

@@ -21,7 +21,7 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """A sampling rule. Every random number is uniform(seed, stream, row key, round, step): rows do not influence each other.
+    """A sampling rule.
 
     Attributes:
         temperature: logits are divided by it; 0 is greedy.
@@ -45,25 +45,41 @@ class Sampling:
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
         return (logits / self.temperature).softmax(-1)
 
-    def uniform(self, stream: Stream, row_keys: Tensor, round: int, step: int | slice = 0) -> Tensor:
+
+class Sampler:
+    """A rule at work on one batch. Every random number is uniform(seed, stream, row key, round, step): rows, and the batches
+    they may be part of, do not influence each other.
+
+    Args:
+        rule: temperature, top_k and seed.
+        row_keys: int64 [batch], what identifies each row in any batch.
+        steps: tokens chosen in a round of one stream, at most.
+    """
+
+    _ROUNDS = 32  # numbers are made for as many rounds at once: a hash is a hundred small operations, and a token takes few more
+
+    def __init__(self, rule: Sampling, row_keys: Tensor, steps: int = 1):
+        self.rule, self.row_keys, self.steps = rule, row_keys, steps
+        self._blocks: dict[Stream, tuple[int, Tensor]] = {}  # the block of rounds at hand, and its numbers [batch, rounds, steps]
+
+    def uniform(self, stream: Stream, round: int, step: int | slice = 0) -> Tensor:
         """float64 in (0, 1): [batch], or [batch, k] for the steps of a slice."""
-        if isinstance(step, slice):
-            step = torch.arange(step.start or 0, step.stop, device=row_keys.device)
-            row_keys = row_keys[:, None]
-        return uniform(self.seed, stream, row_keys, round, step)
+        block, place = divmod(round, self._ROUNDS)
+        if stream not in self._blocks or self._blocks[stream][0] != block:
+            device = self.row_keys.device
+            rounds = block * self._ROUNDS + torch.arange(self._ROUNDS, device=device)
+            steps = torch.arange(self.steps, device=device)
+            self._blocks[stream] = block, uniform(self.rule.seed, stream, self.row_keys[:, None, None], rounds[:, None], steps)
+        return self._blocks[stream][1][:, place, step]
 
-    def picker(self, stream: Stream, row_keys: Tensor, round: int) -> Pick:
-        """The function that chooses tokens of one round: (logits, step) -> (tokens, probabilities or None when greedy).
-
-        Args:
-            row_keys: int64 [batch], what identifies each row in every batch it may be part of.
-        """
+    def picker(self, stream: Stream, round: int) -> Pick:
+        """The function that chooses the tokens of a round: (logits, step) -> (tokens, probabilities or None when greedy)."""
 
         def pick(logits: Tensor, step: int | slice) -> tuple[Tensor, Tensor | None]:
-            if self.greedy:
+            if self.rule.greedy:
                 return logits.argmax(-1), None
-            probabilities = self.probabilities(logits)
-            return draw(probabilities, self.uniform(stream, row_keys, round, step)), probabilities
+            probabilities = self.rule.probabilities(logits)
+            return draw(probabilities, self.uniform(stream, round, step)), probabilities
 
         return pick
 

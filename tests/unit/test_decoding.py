@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from spectitan.decoding.plain import generate_plain
-from spectitan.decoding.sampling import Sampling, Stream, draw
+from spectitan.decoding.sampling import Sampler, Sampling, Stream, draw
 from spectitan.decoding.speculative import generate_speculative
 from spectitan.errors import UserError
+from spectitan.keyed_random import uniform
 from tests.unit.toy_models import CountingDrafter, OracleDrafter, TableDrafter, ToyBase
 
 PROMPTS = [[1], [2, 0, 3, 4, 1], [4, 4], [0, 1, 2, 3, 4, 0, 1]]
@@ -161,10 +162,16 @@ def test_draw_takes_the_token_at_the_quantile():
 
 
 def test_streams_and_steps_draw_different_numbers():
-    sampling, keys = Sampling(1.0, seed=5), torch.arange(50)
-    numbers = [sampling.uniform(stream, keys, round, slice(0, 3)) for stream in Stream for round in range(4)]
-    assert len(torch.cat(numbers).flatten().unique()) == 50 * 3 * 4 * len(Stream)
-    assert torch.equal(sampling.uniform(Stream.ACCEPT, keys, 2, slice(0, 3))[:, 1], sampling.uniform(Stream.ACCEPT, keys, 2, 1))
+    keys, rounds = torch.arange(50) + 7, (0, 1, 31, 32, 99, 1)
+    sampler = Sampler(Sampling(1.0, seed=5), keys, steps=3)
+    numbers = {}
+    for stream in Stream:
+        for round in rounds:
+            numbers[stream, round] = sampler.uniform(stream, round, slice(0, 3))
+            for step in range(3):
+                assert torch.equal(sampler.uniform(stream, round, step), uniform(5, int(stream), keys, round, step))
+                assert torch.equal(numbers[stream, round][:, step], sampler.uniform(stream, round, step))
+    assert len(torch.cat(list(numbers.values())).flatten().unique()) == 50 * 3 * 5 * len(Stream)
 
 
 def test_tokens_are_handed_out_as_they_come():
