@@ -20,7 +20,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None
         if not prompt:
             raise UserError(f"prompt {number} is empty: give at least one token to continue")
         if len(prompt) >= context:
-    """Raises UserError for a prompt that is empty, leaves no room for a token, or has a token that the base has not."""
+            room = f"the base's context of {context} leaves room for at most {context - 1}"
+            raise UserError(f"prompt {number} has {len(prompt)} tokens: {room}")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             found = next(token for token in prompt if not 0 <= token < config.vocab_size)
             raise UserError(f"prompt {number} has token {found}: the base has tokens 0 to {config.vocab_size - 1}")
