@@ -27,7 +27,8 @@ def read_config(folder: Path) -> LlamaConfig:
     model_type = keys.text("model_type")
     keys.must(model_type in ARCHITECTURES, "model_type", f"embedllama reads {', '.join(ARCHITECTURES)}")
     keys.must(keys.get("hidden_act", "silu") == "silu", "hidden_act", "allowed: silu")
-    keys.must(keys.get("quantization_config", None) is None, "quantization_config", "quantised weights cannot be read; use the float weights")
+    unquantised = keys.get("quantization_config", None) is None
+    keys.must(unquantised, "quantization_config", "quantised weights cannot be read; use the float weights")
     hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     head_dim = keys.count("head_dim", None if model_type == "qwen3" else hidden_size // num_heads)
     keys.must(head_dim % 2 == 0, "head_dim", "rotary positions need an even number")
@@ -35,6 +36,10 @@ def read_config(folder: Path) -> LlamaConfig:
     keys.must(num_heads % num_kv_heads == 0, "num_key_value_heads", f"it must divide num_attention_heads = {num_heads}")
     attention_bias = model_type in ("llama", "qwen3") and keys.switch("attention_bias")
     rope_theta, rope_scaling = _read_rope(keys)
+    bos, eos = keys.get("bos_token_id", None), keys.get("eos_token_id", None)
+    keys.must(isinstance(bos, int | None), "bos_token_id", "an integer or null is expected")
+    eos_is_known = all(isinstance(token, int) for token in eos) if isinstance(eos, list) else isinstance(eos, int | None)
+    keys.must(eos_is_known, "eos_token_id", "an integer, a list of them, or null is expected")
     return LlamaConfig(
         vocab_size=keys.count("vocab_size"),
         hidden_size=hidden_size,
@@ -55,8 +60,8 @@ def read_config(folder: Path) -> LlamaConfig:
         sliding_window=_read_sliding_window(keys, model_type),
         initializer_range=keys.number("initializer_range", 0.02),
         model_type=model_type,
-        bos_token_id=keys.get("bos_token_id", None),
-        eos_token_id=tuple(eos) if isinstance(eos := keys.get("eos_token_id", None), list) else eos,
+        bos_token_id=bos,
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
     )
 
 

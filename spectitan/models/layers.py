@@ -105,6 +105,9 @@ class Attention(nn.Module):
             keys, values = cache.write(layer, keys, values, slots)
         causal = mask is None and seq > 1
         grouped = queries.shape[1] != keys.shape[1]
+        if grouped and mask is not None and x.is_cuda:  # there, no kernel that takes a mask shares heads: all scores would be stored
+            keys, values = (heads.repeat_interleave(queries.shape[1] // heads.shape[1], 1) for heads in (keys, values))
+            grouped = False
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(attended.transpose(1, 2).reshape(batch, seq, -1))
 

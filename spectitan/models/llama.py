@@ -223,4 +223,6 @@ def _build_layer(config: LlamaConfig) -> DecoderLayer:
         output_bias=config.output_bias,
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
     )
-    return DecoderLayer(attention, GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias), config.hidden_size, config.norm_eps)
+    return DecoderLayer(
+        attention, GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias), config.hidden_size, config.norm_eps
+    )

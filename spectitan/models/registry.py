@@ -14,17 +14,24 @@ from spectitan.models.weights import load_hf, resolve_base_path
 
 _ROPE_3_1 = RopeScaling("llama3", factor=8.0)
 _ROPE_3_2 = RopeScaling("llama3", factor=32.0)
-_LLAMA_2 = dict(vocab_size=32000, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2)
-_LLAMA_3 = dict(vocab_size=128256, rope_theta=500000.0, max_position_embeddings=8192, bos_token_id=128000, eos_token_id=128001)
+_LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192, "bos_token_id": 128000, "eos_token_id": 128001}
 _LLAMA_3_1 = {**_LLAMA_3, "max_position_embeddings": 131072}
-_7B = dict(hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32)
-_13B = dict(hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40)
-_8B = dict(hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8)
-_70B = dict(hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8)
-_3_2_1B = dict(hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, tie_embeddings=True)
-_3_2_3B = dict(hidden_size=3072, intermediate_size=8192, num_layers=28, num_heads=24, num_kv_heads=8, tie_embeddings=True)
-_MISTRAL = dict(model_type="mistral", vocab_size=32000, max_position_embeddings=32768, sliding_window=4096, bos_token_id=1, eos_token_id=2)
-_QWEN = dict(vocab_size=151936, rope_theta=1e6, norm_eps=1e-6, bos_token_id=151643)
+_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32}
+_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_layers": 40, "num_heads": 40}
+_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8}
+_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64, "num_kv_heads": 8}
+_3_2_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8, "tie_embeddings": True}
+_3_2_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "tie_embeddings": True}
+_MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "norm_eps": 1e-6, "bos_token_id": 151643}
 _QWEN_2 = dict(**_QWEN, model_type="qwen2", qkv_bias=True, max_position_embeddings=32768, eos_token_id=151643)
 _QWEN_3 = dict(**_QWEN, model_type="qwen3", qk_norm=True, head_dim=128, max_position_embeddings=40960, eos_token_id=151645)
 
@@ -46,8 +53,12 @@ _VARIANTS: dict[str, dict[str, LlamaConfig]] = {
         ),
         "qwen2.5-7b": LlamaConfig(
             **{**_QWEN_2, "vocab_size": 152064, "max_position_embeddings": 131072},
-            hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
-        ),  # fmt: skip
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+        ),
         "qwen3-0.6b": LlamaConfig(
             **_QWEN_3, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, num_kv_heads=8, tie_embeddings=True
         ),
@@ -82,19 +93,22 @@ def get_model(
         path: folder in Hugging Face layout, or spectitan:NAME.
         init: "pretrained" reads the weights in `path`; "random" draws them.
         dtype: of the parameters.
+        device: "meta" gives shapes without weights.
         seed: of random weights.
 
     Raises:
         UserError: an unknown name, no such folder, config.json or weights that do not fit.
     """
-    _check_choice("base.arch", arch, _ARCHITECTURES)
     _check_choice("base.init", init, ("pretrained", "random"))
     config = choose_config(arch, variant, path)
     if init == "pretrained" and not path:
         raise UserError('base.path is empty: base.init = "pretrained" needs a folder with weights; base.init = "random" does not')
     with torch.device("meta"):
         model = _ARCHITECTURES[arch](config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
     if init == "pretrained":
         load_hf(model, path)
     else:
@@ -103,9 +117,11 @@ def get_model(
 
 
 def choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:
+    """The config that `get_model` builds, without building it. Raises as that does."""
+    _check_choice("base.arch", arch, _ARCHITECTURES)
+    if variant == "auto" and not path:
+        raise UserError('base.path is empty: base.variant = "auto" reads config.json there; a registered variant needs none')
     if variant == "auto":
-        if not path:
-            raise UserError(f'base.path is empty: base.variant = "auto" reads config.json there; or name one of {", ".join(_VARIANTS[arch])}')
         return read_config(resolve_base_path(path))
     _check_choice("base.variant", variant, ("auto", *_VARIANTS[arch]))
     config = _VARIANTS[arch][variant]
@@ -113,7 +129,8 @@ def choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:
         stored = read_config(resolve_base_path(path)).identity()
         for name, value in config.identity().items():
             if stored[name] != value:
-                raise UserError(f"base.variant = {variant!r} has {name} = {value}, config.json in {path} says {stored[name]}; allowed there: auto")
+                here, there = f"base.variant = {variant!r} has {name} = {value}", f"config.json in {path} says {stored[name]}"
+                raise UserError(f'{here}, {there}; allowed there: "auto"')
     return config
 
 
