@@ -3,19 +3,57 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from spectitan.config.manager import Config
 from spectitan.config.sections import Data, Eval, Objective
 from spectitan.data.corpus import tokenise_training
 from spectitan.data.overlap import count_overlap
-from spectitan.data.tokenizer import Tokenizer
+from spectitan.data.prompts import load_prompts
+from spectitan.data.tokenizer import Tokenizer, load_tokenizer
+from spectitan.data.validation import build_validation
 from spectitan.decoding.acceptance import measure
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
+from spectitan.decoding.report import table, write_report
+from spectitan.distributed.mesh import choose_device
+from spectitan.errors import UserError
 from spectitan.speculators.base import Speculator, align_targets
 from spectitan.speculators.next_token import NextToken
 from spectitan.states.online import OnlineStates
+from spectitan.trained import find_trained, load_base, load_speculator_for
 from spectitan.types import TokenBatch
+
+
+def evaluate_run(config: Config) -> dict:
+    """Measures what `speculator.path`, or the run of the config file, has trained; prints a table, writes report.json.
+
+    Everything is float32: there, greedy text must be that of plain decoding.
+
+    Raises:
+        UserError: nothing trained, nothing to measure it on, or files that cannot be read.
+    """
+    trained = find_trained(config)
+    if config.speculator.type != "none" and trained is None:
+        raise UserError(
+            f"speculator.path is empty and job.dump_folder = {config.job.dump_folder!r} has no checkpoint: nothing to evaluate; "
+            'speculator.type = "none" evaluates the base alone'
+        )
+    base, base_path = load_base(config, torch.float32)
+    base.to(choose_device())
+    speculator = load_speculator_for(config, base)
+    tokenizer = load_tokenizer(base_path)
+    prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
+    validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)
+    if not prompts and not validation:
+        raise UserError("nothing to measure: give eval.prompts (acceptance of a speculator), or data.val_path or data.holdout (loss)")
+    overlap = training_overlap(config.data, tokenizer, prompts)
+    report = {"step": trained.step} if trained and trained.step is not None else {}
+    report |= evaluate_models(base, speculator, tokenizer, prompts, validation, config.eval, seed=config.job.seed, overlap=overlap)
+    print(table(report))
+    print(f"written: {write_report(report, config.job.dump_folder)}", flush=True)
+    return report
 
 
 def evaluate_models(

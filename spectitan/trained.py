@@ -24,6 +24,7 @@ class Trained(NamedTuple):
 
     path: Path  # an exported folder, or one checkpoint
     keys: dict[str, object]  # "section.key" -> value of the run that wrote the checkpoint; empty for a folder
+    step: int | None = None  # optimizer steps done; None for a folder
 
     def section(self, name: str, kind: type):
         """One table of the run as an instance of `kind`; keys that it does not know are left out."""
@@ -51,7 +52,8 @@ def find_trained(config: Config) -> Trained | None:
     else:
         return None
     checkpoint = find_checkpoint(path)
-    return Trained(checkpoint, read_state(checkpoint)["identity"])
+    state = read_state(checkpoint)
+    return Trained(checkpoint, state["identity"], state["step"])
 
 
 def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, LlamaConfig]:

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "training": {"distributed"},
     "program": {"config"},
     # Shared by programs.
-    "evaluation": {"models", "data", "speculators", "decoding", "states"},
+    "evaluation": {"config", "models", "data", "speculators", "decoding", "states", "distributed", "trained"},
+    "exporting": {"config", "models", "speculators", "trained"},
     "trained": {"config", "models", "speculators", "training"},
 }
 OURS = set(MAY_IMPORT) | LEAVES | PROGRAMS

@@ -1,0 +1,43 @@
+"""A trained speculator as a folder for servers, a trained base for transformers. Shared by export and the end of training."""
+
+from pathlib import Path
+
+import torch
+
+from spectitan.config.manager import Config
+from spectitan.errors import UserError
+from spectitan.models.weights import save_hf
+from spectitan.speculators.serving import default_format, name_of_base, serve_notes, write_folder
+from spectitan.trained import find_trained, load_base, locate_base, read_speculator
+
+
+def export_run(config: Config) -> None:
+    """Writes what `speculator.path`, or the run of the config file, has trained to `export.path`, and prints how to serve it.
+
+    Raises:
+        UserError: nothing trained, or a format that cannot hold it.
+    """
+    trained = find_trained(config)
+    if trained is None:
+        raise UserError(f"job.dump_folder = {config.job.dump_folder!r} has no checkpoint and speculator.path is empty: nothing to export")
+    target = Path(config.export.path or Path(config.job.dump_folder) / "export")
+    speculator_type = trained.keys.get("speculator.type", config.speculator.type)
+    format = config.export.format
+    if format == "auto":
+        format = "hf" if speculator_type == "none" else default_format(speculator_type)
+    if format == "none":
+        raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, hf')
+    if format == "hf":
+        if trained.keys.get("base.freeze", True):
+            raise UserError(f'export.format = "hf" writes a trained base, and {trained.path} holds none; allowed: auto, mlp_speculator')
+        base, base_path = load_base(config, torch.bfloat16)
+        save_hf(base, target, torch.bfloat16, tokenizer_files_from=base_path)
+        print(f"{target}: the base of {trained.path}, in Hugging Face layout")
+        return
+    _, base_path, base_config = locate_base(config, trained)
+    speculator = read_speculator(trained, base_config)
+    if speculator is None:
+        raise UserError(f'export.format = "{format}": {trained.path} holds a base and no speculator; allowed: auto, hf')
+    write_folder(speculator, target, format, base_path, config.export.base_name)
+    print(f"{target}: the speculator of {trained.path}, as {format}\n")
+    print("\n".join(serve_notes(format, str(target), name_of_base(base_path, config.export.base_name), speculator.steps)))

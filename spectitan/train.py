@@ -1,0 +1,337 @@
+"""Trains a speculator for a base model, or a base alone: the loop, readable from top to bottom.
+
+    torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
+    python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spectitan import program
+from spectitan.config.manager import Config
+from spectitan.data.loader import build_loader
+from spectitan.data.prompts import load_prompts
+from spectitan.data.tokenizer import load_tokenizer
+from spectitan.data.validation import build_validation
+from spectitan.decoding.acceptance import measure_acceptance
+from spectitan.decoding.generation import eos_ids
+from spectitan.decoding.heldout import heldout_report, heldout_sums
+from spectitan.distributed import utils
+from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_gradient_sync
+from spectitan.distributed.mesh import Distributed, init_distributed
+from spectitan.errors import UserError
+from spectitan.evaluation import evaluate_run
+from spectitan.exporting import export_run
+from spectitan.keyed_random import hash_keys
+from spectitan.models.registry import choose_config, get_model
+from spectitan.models.weights import fingerprint, resolve_base_path
+from spectitan.signals import StopSignal
+from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
+from spectitan.states.online import OnlineStates
+from spectitan.trained import load_base, load_speculator_for
+from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, move_aside, read_state
+from spectitan.training.compile import apply_compile
+from spectitan.training.identity import check_identity
+from spectitan.training.metrics import MetricsLogger
+from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
+from spectitan.training.schedule import learning_rate_multiplier
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One training run. Builds everything in the order of cost, so that mistakes show before expensive work."""
+
+    def __init__(self, config: Config, world: Distributed):
+        self.config, self.world, self.device = config, world, world.device
+        self.folder = Path(config.job.dump_folder)
+        self.compute_dtype = resolve_compute_dtype(config.training.compute_dtype, self.device)
+
+        # What is checked without work: the layout of a batch, the base's files, the checkpoint to go on from.
+        ranks, micro_batch_size = world.world_size, config.training.micro_batch_size
+        self.global_batch_size = config.training.global_batch_size if config.training.global_batch_size > 0 else ranks * micro_batch_size
+        self.accumulation, rest = divmod(self.global_batch_size, ranks * micro_batch_size)
+        if rest:
+            raise UserError(
+                f"training.global_batch_size = {self.global_batch_size}: allowed are multiples of "
+                f"training.micro_batch_size x processes = {micro_batch_size} x {ranks}"
+            )
+        self.base_path = resolve_base_path(config.base.path)
+        base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
+        self.tokenizer = load_tokenizer(self.base_path)
+        if self.tokenizer.vocab_size > base_config.vocab_size:
+            raise UserError(f"{self.base_path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {base_config.vocab_size}")
+        if config.data.seq_length > base_config.max_position_embeddings:
+            raise UserError(f"data.seq_length = {config.data.seq_length}: the base allows at most {base_config.max_position_embeddings}")
+        self.speculator = build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
+        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
+        self.checkpoint = self._starting_point()  # the newest of this run
+        self.identity = self._identity()
+        saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
+        if self.checkpoint:
+            check_identity(saved["identity"], self.identity)
+        self.step = saved["step"]
+        self.prompts = []
+        if config.eval.prompts != "none" and config.speculator.type != "none":
+            self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
+        if world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+
+        self.loader = build_loader(
+            config.data, self.tokenizer, seed=config.job.seed, global_batch_size=self.global_batch_size,
+            micro_batch_size=micro_batch_size, rank=world.rank, world_size=ranks, position=saved["position"],
+        )  # fmt: skip
+        self.batches = iter(self.loader)
+        self.total_steps = config.training.num_steps
+        if self.total_steps == -1:
+            self.total_steps = max(1, math.ceil(config.training.epochs * self.loader.samples_per_epoch / self.global_batch_size))
+        self.validation = build_validation(config.data, self.tokenizer, config.eval.loss_samples, micro_batch_size)
+
+        self._build_model(base_config)
+        if self.checkpoint:
+            self.checkpointer.load(self.checkpoint, self._tensors())
+            finished = ", the last: this run is finished" if self.step >= self.total_steps else f" of {self.total_steps}"
+            logger.info("resumed from %s at step %d%s", self.checkpoint, self.step, finished)
+        self.metrics = MetricsLogger(config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step)
+        self._new_report()
+
+    def _starting_point(self) -> Path | None:
+        """The checkpoint to go on from: this run's newest valid one, else checkpoint.load_path's, else none."""
+        config = self.config.checkpoint
+        if config.resume == "never":
+            moved = move_aside(self.folder)
+            if moved:
+                logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
+        own = self.checkpointer.newest_valid()
+        return own if own or not config.load_path else find_checkpoint(config.load_path)
+
+    def _identity(self) -> dict[str, object]:
+        """Every key of the run, and what the base is: training/identity.py says which may change when a run is resumed."""
+        config = self.config
+        tables = dataclasses.asdict(config)
+        keys = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
+        del keys["job.config_file"], keys["speculator.path"]
+        keys["base.identity"] = "random" if config.base.init == "random" else fingerprint(self.base_path)
+        return keys | {"training.global_batch_size": self.global_batch_size}
+
+    def _build_model(self, base_config) -> None:
+        config = self.config
+        self.base = get_model(config.base.arch, config.base.variant, str(self.base_path), init=config.base.init, seed=config.job.seed)
+        if config.speculator.type != "none":
+            self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
+        self.base.to(self.device)
+        self.speculator.to(self.device)
+        apply_compile(config.compile.enabled, self.device, self.base.layers)
+        apply_fsdp(self.base, self.speculator, self.world.mesh, self.compute_dtype, freeze_base=config.base.freeze)
+        self.source = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
+        self.trained = nn.ModuleDict({"speculator": self.speculator} if config.base.freeze else {"base": self.base})
+        self.optimizer = build_optimizer(self.trained, config.optimizer)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return module_tensors(self.trained) | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+
+    # ---- the loop ----
+
+    def train(self, stop: StopSignal) -> None:
+        """Trains to the last step, with checkpoints, reports and evaluations on the way.
+
+        A stop signal lets the step in hand end, saves, and raises StopRequested. An evaluation may be cut short by it, and
+        therefore comes after a checkpoint.
+        """
+        interval = self.config.eval.interval or self.total_steps
+        while self.step < self.total_steps:
+            next_evaluation = min(self.total_steps, (self.step // interval + 1) * interval)
+            with stop.deferred():
+                self._train_until(next_evaluation, stop)
+            if self.step < self.total_steps:
+                self.evaluate()
+
+    def _train_until(self, last_step: int, stop: StopSignal) -> None:
+        saved_at = self.step
+        while self.step < last_step:
+            waited = time.perf_counter()
+            batches = [self.source.begin(next(self.batches)) for _ in range(self.accumulation)]
+            targets = [self.speculator.align(batch) for batch in batches]
+            self.seconds_waiting += time.perf_counter() - waited
+            denominators, stopping, saving = self._agree(batches, targets, stop)
+            if stopping:
+                stop.requested = stop.requested or signal.SIGTERM  # another rank's: all end together
+                break
+            self._train_step(batches, targets, denominators)
+            self.step += 1
+            self.metrics.advance(self.step)
+            if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
+                self._report()
+            if saving or self.step % self.config.checkpoint.interval == 0:
+                self._save()
+                saved_at = self.step
+        if self.step != saved_at:
+            self._save()
+
+    def _agree(self, batches: list, targets: list, stop: StopSignal) -> tuple[Tensor, bool, bool]:
+        """One sum over ranks, on the host: the global count of each step's targets, whether anyone was asked to stop or save,
+        and what this step's report says of the data."""
+        counts = sum(target.counts for target in targets)
+        sample_hash = sum(hash_keys(0, batch.index, batch.sample_ids).sum() for batch in batches)
+        datasets = torch.cat([(batch.sample_ids >> 40).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
+        tokens = torch.bincount(datasets, minlength=len(self.loader.datasets))
+        flags = torch.tensor([stop.requested is not None, stop.save_requested, sample_hash])
+        stop.save_requested = False
+        summed = utils.sum_over_ranks(torch.cat([flags, counts, tokens]))
+        stopping, saving = bool(summed[0]), bool(summed[1])
+        if not stopping:
+            self.sample_hash += summed[2:3]
+            self.counts += summed[3 : 3 + len(counts)]
+            self.tokens_by_dataset += summed[3 + len(counts) :]
+        return summed[3 : 3 + len(counts)], stopping, saving
+
+    def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
+        self.optimizer.zero_grad()
+        for i, (batch, target) in enumerate(zip(batches, targets)):
+            set_gradient_sync([self.speculator], enabled=i == len(batches) - 1)
+            batch, target = batch.to(self.device), target.to(self.device)
+            states = self.source.states(batch)
+            loss = self.speculator(batch, states, target, denominators, self.base.readout)
+            utils.backward(loss.total)
+            self.sums += loss.sums
+            bad = ~loss.sums[:, 0].isfinite() & (self.first_bad_step < 0)
+            self.first_bad_step = torch.where(bad, self.step + 1, self.first_bad_step)
+        self.grad_norm = utils.clip_grad_norm(self.trained.parameters(), self.config.training.max_grad_norm)
+        self.learning_rate = self.config.optimizer.lr * learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler)
+        step_if_finite(self.optimizer, self.learning_rate, self.grad_norm)
+
+    # ---- reports and checkpoints ----
+
+    def _new_report(self) -> None:
+        """Sums since the last report. Those on the device are read once, when the report is made."""
+        steps, columns = self.speculator.steps, len(self.speculator.metrics)
+        self.sums = torch.zeros(steps, columns, dtype=master_dtype(self.compute_dtype), device=self.device)
+        self.first_bad_step = torch.full((steps,), -1, device=self.device)
+        self.counts = torch.zeros(steps, dtype=torch.int64)
+        self.tokens_by_dataset = torch.zeros(len(self.loader.datasets), dtype=torch.int64)
+        self.sample_hash = torch.zeros(1, dtype=torch.int64)
+        self.seconds_waiting, self.report_start, self.report_step = 0.0, time.perf_counter(), self.step
+
+    def _report(self) -> None:
+        sums = utils.sum_over_ranks(self.sums).double().cpu()
+        first_bad = self.first_bad_step.cpu()  # the one place where the host waits for the device
+        self._refuse_bad(first_bad)
+        seconds = time.perf_counter() - self.report_start
+        samples = (self.step - self.report_step) * self.global_batch_size
+        tokens = samples * self.config.data.seq_length
+        means = sums[:, :4] / self.counts.clamp_min(1)[:, None]
+        self.metrics.report(
+            step=self.step,
+            lr=self.learning_rate,
+            **dict(zip(self.speculator.metrics[:4], means.T.tolist())),
+            grad_norm=self.grad_norm.item(),
+            supervised_tokens=int(self.counts[0]),
+            tokens_by_dataset=dict(zip(self.loader.datasets, self.tokens_by_dataset.tolist())),
+            sample_hash=f"{self.sample_hash.item() & (2**64 - 1):016x}",
+            tokens_per_second=tokens / seconds,
+            waiting=self.seconds_waiting / seconds,
+            flops_per_second=self._flops(tokens) / seconds,
+        )
+        self._new_report()
+
+    def _refuse_bad(self, first_bad_step: Tensor) -> None:
+        """Ends a run whose loss is not finite; optimizer steps have skipped themselves since, and the last checkpoint stands."""
+        bad = [(int(step), head) for head, step in enumerate(first_bad_step) if step >= 0]
+        if bad:
+            step, head = min(bad)
+            raise UserError(
+                f"loss of head {head} is not finite at step {step}; the checkpoint before it is kept. "
+                "Lower optimizer.lr, or look for damaged data or weights"
+            )
+
+    def _flops(self, tokens: int) -> int:
+        """Useful floating-point operations since the last report; a trained base counts three times, for its backward."""
+        passes = 1 if self.config.base.freeze else 3
+        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.speculator.flops(self.counts.tolist(), tokens)
+
+    def _save(self) -> None:
+        self._refuse_bad(self.first_bad_step.cpu())
+        state = {"position": self.step * self.global_batch_size, "identity": self.identity}
+        self.checkpoint = self.checkpointer.save(self.step, self._tensors(), state)
+        logger.info("saved %s", self.checkpoint)
+
+    # ---- evaluation and export ----
+
+    def evaluate(self) -> None:
+        """Held-out loss and accuracy per head, and acceptance by drafting and verifying, of the checkpoint just saved."""
+        values = {}
+        if self.validation:
+            # Every rank runs all of these few samples: sharded parameters are gathered by all ranks together.
+            sums, counts = heldout_sums(self.speculator, self.source, self.validation, self.base.readout)
+            report = heldout_report(self.speculator.metrics, sums, counts)
+            values |= {f"{name}/head_{head}": value for name in ("heldout_loss", "heldout_accuracy") for head, value in enumerate(report[name])}
+        if self.prompts and self.world.is_main:
+            config = self._config_of_last_checkpoint()
+            base, _ = load_base(config, torch.float32)
+            speculator = load_speculator_for(config, base.to(self.device))
+            eos = eos_ids(base.config, self.tokenizer.eos_id)
+            report = measure_acceptance(base, speculator, self.prompts, config.eval, eos_id=eos, seed=config.job.seed)
+            values["acceptance_length"] = report["acceptance_length"]
+        self.metrics.evaluation(self.step, values)
+        utils.barrier()
+
+    def finish(self) -> None:
+        """Evaluates and exports, unless an earlier start of this run has done so."""
+        self.metrics.close()
+        if self.world.is_main:
+            config = self._config_of_last_checkpoint()
+            if config.eval.at_end and self._reported_step() != self.step:
+                evaluate_run(config)
+            if config.export.format != "none" and self._export_is_old():
+                export_run(config)
+        utils.barrier()
+
+    def _config_of_last_checkpoint(self) -> Config:
+        config = copy.deepcopy(self.config)
+        config.speculator.path = str(self.checkpoint)
+        return config
+
+    def _export_is_old(self) -> bool:
+        exported = Path(self.config.export.path or self.folder / "export") / "config.json"
+        return not exported.exists() or exported.stat().st_mtime < (self.checkpoint / "state.json").stat().st_mtime
+
+    def _reported_step(self) -> int | None:
+        try:
+            return json.loads((self.folder / "report.json").read_text())["step"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+def train(config: Config, stop: StopSignal) -> None:
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if config.job.threads > 0:
+        torch.set_num_threads(config.job.threads)
+    torch.use_deterministic_algorithms(config.job.deterministic)
+    world = init_distributed(config.parallelism.sharding_strategy)
+    try:
+        trainer = Trainer(config, world)
+        trainer.train(stop)
+        trainer.finish()
+    finally:
+        world.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return program.run("train", train, argv, SPECULATOR_CONFIGS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
