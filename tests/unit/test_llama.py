@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectitan.errors import UserError
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.registry import get_model
+from spectitan.models.weights import fingerprint, load_hf, save_hf
 from tests.unit.model_fixtures import FAMILIES, VOCAB, random_tokens, relative_error, save_oracle
 
 TOLERANCE = 1e-5  # the promise is 1e-4
@@ -243,6 +244,22 @@ def test_sharded_by_fsdp_it_trains_and_decodes_the_same(one_rank_mesh):
             state = model(tokens[:, i : i + 1], cache=cache).final
             cache.commit(1)
         assert relative_error(state[:, 0], plain(tokens).final[:, -1]) < 1e-5
+
+
+def test_sharded_weights_are_written_read_and_identified(one_rank_mesh, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    plain = build(tie_embeddings=True, dtype=torch.float32)
+    model = EmbedLLaMA(plain.config)
+    for unit in (*model.layers, model.readout, model):
+        fully_shard(unit, mesh=one_rank_mesh)
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_hf(model, tmp_path / "written", torch.float32)
+    model.init_weights(torch.Generator().manual_seed(1))
+    assert fingerprint(model) != fingerprint(plain)
+    load_hf(model, tmp_path / "written")
+    assert fingerprint(model) == fingerprint(plain) == fingerprint(tmp_path / "written")
+    assert all(torch.equal(shard.full_tensor(), full) for shard, full in zip(model.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize(
