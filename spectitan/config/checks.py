@@ -12,7 +12,7 @@ if typing.TYPE_CHECKING:
 # -1 works these out, but 0 says nothing.
 _NOT_ZERO = (
     "job.threads",
-    "data.processes",
+    "data.tokenizer_threads",
     "training.num_steps",
     "training.epochs",
     "training.global_batch_size",

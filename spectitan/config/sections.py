@@ -63,7 +63,7 @@ class Data:
         "", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted"
     )
     cache_dir: str = key("", "folder of tokenised shards; empty: ~/.cache/spectitan (or $SPECTITAN_CACHE)")
-    processes: int = key(-1, "processes that tokenise; -1: one a core", minimum=-1)
+    tokenizer_threads: int = key(-1, "threads that tokenise; -1: one a core", minimum=-1)
     loader_workers: int = key(0, "processes that read samples during training; 0: the trainer itself", minimum=0)
 
 

@@ -1,0 +1,234 @@
+"""Datasets tokenised once: documents -> shards, on all cores, kept in a cache that outlives the run."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spectitan.config.sections import Data
+from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Document, Found, find_datasets, read_documents, validation_datasets
+from spectitan.data.overlap import PromptWindows
+from spectitan.data.progress import Progress
+from spectitan.data.prompts import load_prompts
+from spectitan.data.shards import FORMAT_VERSION, BrokenShards, Shards, ShardWriter
+from spectitan.data.tokenizer import Tokenizer
+from spectitan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# A text longer than a piece is cut into pieces at line ends, so that a file of gigabytes is tokenised in constant memory.
+PIECE_CHARACTERS = 2**20
+CHUNK_CHARACTERS = 2**18  # documents handed to a thread together
+
+
+@dataclass(frozen=True)
+class TokenisedDataset:
+    """One dataset as shards; `shards` is None where its weight is 0."""
+
+    name: str
+    shards: Shards | None
+
+
+def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset]:
+    """The training part of every dataset, in the order of data.datasets: from the cache, or tokenised now.
+
+    Raises:
+        UserError: what find_datasets, load_prompts and read_documents raise; a dataset without documents.
+    """
+    datasets = find_datasets(data)
+    weights = data.weights or [1.0] * len(datasets)
+    prompts = load_prompts(data.drop_overlap, tokenizer) if data.drop_overlap else []
+    return [
+        TokenisedDataset(dataset.name, _tokenised(dataset, data, TRAINING, tokenizer, prompts) if weight > 0 else None)
+        for dataset, weight in zip(datasets, weights)
+    ]
+
+
+def tokenise_held_out(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset]:
+    """The evaluation text: all of data.val_path, else the held-out part of the datasets; none where data.holdout is 0."""
+    if not data.val_path and data.holdout == 0:
+        return []
+    part = None if data.val_path else HELD_OUT
+    return [TokenisedDataset(dataset.name, _tokenised(dataset, data, part, tokenizer, [])) for dataset in validation_datasets(data)]
+
+
+def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> Shards:
+    """Opens the shards in the cache; if they are not there, one process writes them while others that want the same wait."""
+    cache = cache_folder(data)
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / _cache_key(dataset, data, part, tokenizer, prompts)
+    shards = _open(folder)
+    if shards is not None:
+        return shards
+    with _locked(folder.with_suffix(".lock"), dataset.name):
+        shards = _open(folder)  # another process may have written them while this one waited
+        if shards is not None:
+            return shards
+        for leftover in cache.glob(f"{folder.name}.*.tmp"):  # of a process that was killed: it holds the lock no more
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=cache))
+        try:
+            _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts))
+            if folder.exists():  # broken
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return Shards(folder)
+
+
+def cache_folder(data: Data) -> Path:
+    """data.cache_dir, else $SPECTITAN_CACHE, else ~/.cache/spectitan."""
+    return Path(data.cache_dir or os.environ.get("SPECTITAN_CACHE") or "~/.cache/spectitan").expanduser()
+
+
+def _cache_key(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> str:
+    """Everything that decides the shards' bytes: the files' contents, the tokenizer, and the keys that choose documents."""
+    decides = {
+        "format": FORMAT_VERSION,
+        "content": dataset.content_hash(),
+        "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size],
+        "part": [part, data.holdout if part else 0.0],
+        "reading": [data.format, data.text_column, data.on_invalid],
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _open(folder: Path) -> Shards | None:
+    if not folder.exists():
+        return None
+    try:
+        return Shards(folder)
+    except BrokenShards as error:
+        logger.warning("tokenised data is broken and is made again: %s", error)
+        return None
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """One process at a time, on one machine and over file systems that pass locks on. Ends with the process, however that ends.
+
+    Where a file system has no locks, processes may do the same work twice; renaming keeps the result whole.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("data %s: waiting for another process that tokenises it", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s)", path, error.strerror)
+        yield
+
+
+def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
+    found, num_bytes = Found(), 0
+    writer = ShardWriter(folder, tokenizer.vocab_size)
+    title = f"tokenising {dataset.name}" + (f" ({part})" if part == HELD_OUT else "")
+    try:
+        with Progress(title, dataset.num_bytes()) as progress:
+            documents = read_documents(dataset, data, part, found)
+            for document, ids in _encoded(documents, tokenizer, _num_threads(data)):
+                progress.update(document.bytes_read)
+                if len(ids) < 2:
+                    found.dropped["one token" if ids else "empty"] += 1
+                    continue
+                array = np.asarray(tokenizer.document(ids), dtype=np.uint32)
+                if windows.overlap(array):
+                    found.dropped["prompt overlap"] += 1
+                    continue
+                writer.add(array)
+                num_bytes += len(document.text.encode())
+        for name in found.skipped_names:
+            logger.warning("data %s: skipped %s (undecodable)", dataset.name, name)
+        if writer.documents == 0:
+            raise UserError(_why_empty(dataset, data, part, found))
+        other = {"held_out": found.other_part} if part == TRAINING else {}
+        writer.finish({"bytes": num_bytes, "dropped": dict(found.dropped), "skipped": found.skipped_names} | other)
+    finally:
+        writer.close()
+
+
+def _why_empty(dataset: Dataset, data: Data, part: str | None, found: Found) -> str:
+    reasons = [f"{count} {reason}" for reason, count in found.dropped.items()]
+    if found.other_part:
+        reasons.append(f"{found.other_part} {'held out' if part == TRAINING else 'not held out'} (data.holdout = {data.holdout})")
+    return f"data {dataset.name}: empty dataset, no {part or 'evaluation'} document in it; its documents: {', '.join(reasons) or 'none'}"
+
+
+def _num_threads(data: Data) -> int:
+    return data.tokenizer_threads if data.tokenizer_threads > 0 else len(os.sched_getaffinity(0))
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, list[int]]]:
+    """Documents with their ids, in order. Tokenizers release the interpreter, so threads use all cores without copying text."""
+    waiting: deque = deque()
+    with _one_thread_a_call(), ThreadPoolExecutor(threads) as pool:
+        try:
+            for chunk in _chunks(documents):
+                waiting.append((chunk, pool.submit(_encode_chunk, chunk, tokenizer)))
+                if len(waiting) > 2 * threads:
+                    chunk, ids = waiting.popleft()
+                    yield from zip(chunk, ids.result())
+            while waiting:
+                chunk, ids = waiting.popleft()
+                yield from zip(chunk, ids.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    pieces = [_pieces(document.text) for document in chunk]
+    ids = iter(tokenizer.encode_batch([piece for texts in pieces for piece in texts]))
+    return [[i for _ in texts for i in next(ids)] for texts in pieces]
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, cut after line ends into pieces of about PIECE_CHARACTERS; a longer line is cut within."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE_CHARACTERS:
+        line_end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        stop = line_end if line_end > start else start + PIECE_CHARACTERS
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+@contextmanager
+def _one_thread_a_call() -> Iterator[None]:
+    """Keeps `tokenizers` from starting threads of its own beside ours: loader workers that are forked later could hang on them."""
+    variable = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(variable)
+    os.environ[variable] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

@@ -1,0 +1,147 @@
+"""Micro-batches of this rank, without end, from any position of the global order; the whole state is that position."""
+
+import signal
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from spectitan.config.sections import Data
+from spectitan.data.corpus import TokenisedDataset, tokenise_training
+from spectitan.data.order import Place, SampleOrder
+from spectitan.data.packing import PackedDataset
+from spectitan.data.tokenizer import Tokenizer
+from spectitan.types import TokenBatch
+
+SAMPLE_BITS = 40  # sample_ids: (dataset << SAMPLE_BITS) + sample
+
+
+class MicroBatches(Dataset):
+    """TokenBatch of samples i .. i + micro_batch_size - 1 of the global order, for any i."""
+
+    def __init__(self, datasets: list[PackedDataset | None], order: SampleOrder, micro_batch_size: int):
+        self._datasets, self._order, self._micro_batch_size = datasets, order, micro_batch_size
+
+    def __getitem__(self, first: int) -> TokenBatch:
+        index = range(first, first + self._micro_batch_size)
+        return collate(self._datasets, [self._order[i] for i in index], index)
+
+
+def collate(datasets: list[PackedDataset | None], places: list[Place], index: range) -> TokenBatch:
+    """The samples at `places` as a batch; document ids are made unique in it."""
+    samples = [datasets[place.dataset][place.sample] for place in places]
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+    documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+    is_token = documents >= 0
+    first_ids = torch.arange(len(places))[:, None] * tokens.shape[1]
+    sample_ids = torch.tensor([(place.dataset << SAMPLE_BITS) + place.sample for place in places], dtype=torch.int64)
+    return TokenBatch(tokens, is_token, torch.where(is_token, documents + first_ids, -1), torch.tensor(index), sample_ids)
+
+
+class PositionSampler(Sampler[int]):
+    """First sample of each micro-batch of one rank: at global position P, micro-batch j of rank r begins at P + (j*R + r)*m.
+
+    Its state is the position, an integer.
+    """
+
+    def __init__(self, position: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int):
+        self._position, self._global_batch_size = position, global_batch_size
+        self._offsets = range(rank * micro_batch_size, global_batch_size, world_size * micro_batch_size)
+
+    def __iter__(self) -> Iterator[int]:
+        position = self._position
+        while True:
+            for offset in self._offsets:
+                yield position + offset
+            position += self._global_batch_size
+
+
+class Loader:
+    """Endless iterator of this rank's micro-batches.
+
+    Attributes:
+        position: samples that whole optimizer steps have consumed over all ranks; with it, build_loader goes on from here.
+        samples_per_epoch: samples of all datasets that are used, each once.
+        datasets: names, by the number that sample_ids begin with.
+        counts: for each dataset {"documents", "tokens", "bytes", "samples", "held_out", "dropped": {reason: documents}}.
+        shares: share of each dataset in the samples.
+    """
+
+    def __init__(self, datasets: list[TokenisedDataset], data: Data, *, seed, global_batch_size, micro_batch_size, rank, world_size, position):
+        packed = [dataset.shards and PackedDataset(dataset.shards, data.seq_length) for dataset in datasets]
+        sizes = [0 if samples is None else len(samples) for samples in packed]
+        weights = data.weights or sizes
+        self.position = position
+        self.samples_per_epoch = sum(sizes)
+        self.datasets = [dataset.name for dataset in datasets]
+        self.counts = {dataset.name: _counts(dataset, size) for dataset, size in zip(datasets, sizes)}
+        self.shares = {name: weight / sum(weights) for name, weight in zip(self.datasets, weights)}
+        self._global_batch_size = global_batch_size
+        self._micro_batches = global_batch_size // (world_size * micro_batch_size)
+        self._handed_out = 0
+        order = SampleOrder(sizes, data.weights or None, seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata calls it, new PyTorch warns
+            batches = StatefulDataLoader(
+                MicroBatches(packed, order, micro_batch_size),
+                batch_size=None,
+                sampler=PositionSampler(position, global_batch_size, micro_batch_size, rank, world_size),
+                num_workers=data.loader_workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_leave_signals_to_the_trainer,
+                pin_memory=torch.cuda.is_available(),
+            )
+        self._batches = iter(batches)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> TokenBatch:
+        batch = next(self._batches)
+        self._handed_out += 1
+        if self._handed_out == self._micro_batches:
+            self._handed_out = 0
+            self.position += self._global_batch_size
+        return batch
+
+
+def build_loader(
+    data: Data, tokenizer: Tokenizer, *, seed: int, global_batch_size: int, micro_batch_size: int,
+    rank: int = 0, world_size: int = 1, position: int = 0,
+) -> Loader:  # fmt: skip
+    """Tokenises what is not in the cache yet, and serves the training part from `position` of the global order.
+
+    Args:
+        seed: of the order of samples.
+        global_batch_size: samples of an optimizer step, over all ranks; a multiple of world_size * micro_batch_size.
+        position: samples consumed so far over all ranks.
+
+    Raises:
+        UserError: as corpus.tokenise_training.
+    """
+    assert global_batch_size % (world_size * micro_batch_size) == 0, (global_batch_size, world_size, micro_batch_size)
+    datasets = tokenise_training(data, tokenizer)
+    return Loader(
+        datasets, data, seed=seed, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size,
+        rank=rank, world_size=world_size, position=position,
+    )  # fmt: skip
+
+
+def _counts(dataset: TokenisedDataset, samples: int) -> dict:
+    if dataset.shards is None:
+        return {"documents": 0, "tokens": 0, "bytes": 0, "samples": 0, "held_out": 0, "dropped": {}}
+    meta = dataset.shards.meta
+    return {name: meta[name] for name in ("documents", "tokens", "bytes", "held_out", "dropped")} | {"samples": samples}
+
+
+def _as_it_is(batch: TokenBatch) -> TokenBatch:
+    return batch
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and job managers signal whole process groups; the trainer still needs its workers to end a step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,93 @@
+"""The order of samples as a function of their place in it: nothing to save, nothing to replay.
+
+Sample i of a run is decided by (seed, weights, i) alone. Datasets alternate so that every prefix of the order has their
+shares, rounded; each dataset's own samples are permuted anew in every pass by a keyed bijection.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from spectitan.keyed_random import hash_keys
+
+_MASK = 2**64 - 1
+_ROUNDS = 6
+# Odd constants of splitmix64 (Steele, Lea, Flood 2014): one step between rounds, one to mix bits.
+_STEP, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
+
+
+class Place(NamedTuple):
+    dataset: int
+    sample: int
+
+
+def permuted(i, size: int, key: int):
+    """Where a pseudo-random bijection of range(size) sends i: a Feistel network, walked until it lands in the range.
+
+    Args:
+        i: int, or uint64 array; each below size.
+        key: int below 2**64 that chooses the bijection.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits of each of the two halves; 4**half < 4 * size
+    i = _encrypted(i, half, key)
+    if isinstance(i, int):
+        while i >= size:
+            i = _encrypted(i, half, key)
+        return i
+    while (outside := np.flatnonzero(i >= size)).size:
+        i[outside] = _encrypted(i[outside], half, key)
+    return i
+
+
+def _encrypted(i, half: int, key: int):
+    """The same arithmetic for Python's integers and for uint64 arrays, which wrap where those are masked."""
+    mask = (1 << half) - 1
+    left, right = i >> half, i & mask
+    for number in range(_ROUNDS):
+        mixed = ((right + ((key + number * _STEP) & _MASK)) * _MIX) & _MASK
+        mixed = ((mixed ^ (mixed >> 29)) * _STEP) & _MASK
+        left, right = right, left ^ ((mixed >> 32) & mask)
+    return left << half | right
+
+
+class SampleOrder:
+    """Sample i of a run, for any i >= 0, in constant time.
+
+    Args:
+        sizes: samples of each dataset.
+        weights: share of each dataset, any positive numbers; 0 leaves one out. None: by size, so that
+            sum(sizes) consecutive samples from a multiple of that sum are each sample once.
+        seed: of the permutations.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+        exact = [Fraction(size) for size in sizes] if weights is None else [Fraction(repr(float(weight))) for weight in weights]
+        used = sorted((k for k, weight in enumerate(exact) if weight > 0), key=lambda k: (-exact[k], k))
+        self._sizes, self._seed = list(sizes), seed
+        # A chain of two-way splits, heaviest dataset first: of the first n samples that reach a split, round(n * share) go to its
+        # dataset and the rest on. Each such count grows by 0 or 1 with n, so it says where sample n itself goes.
+        remaining = [sum(exact[k] for k in used[position:]) for position in range(len(used))]
+        self._splits = [(k, (exact[k] / rest).numerator, (exact[k] / rest).denominator) for k, rest in zip(used, remaining)]
+        self._keys: dict[tuple[int, int], int] = {}
+
+    def __getitem__(self, i: int) -> Place:
+        for dataset, share, whole in self._splits:
+            before, after = ((2 * n * share + whole) // (2 * whole) for n in (i, i + 1))
+            if after > before:
+                return self._in_dataset(dataset, before)
+            i -= before
+        raise AssertionError("the last split keeps everything")
+
+    def _in_dataset(self, dataset: int, ordinal: int) -> Place:
+        size = self._sizes[dataset]
+        epoch, i = divmod(ordinal, size)
+        return Place(dataset, permuted(i, size, self._key(dataset, epoch)))
+
+    def _key(self, dataset: int, epoch: int) -> int:
+        key = self._keys.get((dataset, epoch))
+        if key is None:
+            self._keys = {other: value for other, value in self._keys.items() if other[0] != dataset or other[1] == epoch - 1}
+            key = self._keys[dataset, epoch] = int(hash_keys(self._seed, dataset, epoch)) & _MASK
+        return key

@@ -1,0 +1,49 @@
+"""A progress line on a terminal; where stderr is none, one log line at the start and one at the end."""
+
+import logging
+import sys
+import time
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 0.2
+_BAR_WIDTH = 24
+
+
+class Progress:
+    """Shows how much of `total` (in `unit`s) is done. Used as a context; the end of the block ends the line."""
+
+    def __init__(self, title: str, total: int, unit: str = "MB", scale: float = 1e6):
+        self._title, self._total, self._unit, self._scale = title, max(1, total), unit, scale
+        self._terminal = sys.stderr.isatty()
+        self._done, self._start, self._shown = 0, time.monotonic(), 0.0
+
+    def __enter__(self) -> "Progress":
+        if not self._terminal:
+            logger.info("%s: %.1f %s", self._title, self._total / self._scale, self._unit)
+        return self
+
+    def update(self, done: int) -> None:
+        """`done` of the total, not an increment."""
+        self._done = done
+        now = time.monotonic()
+        if self._terminal and now - self._shown >= _SECONDS_BETWEEN_LINES:
+            self._shown = now
+            self._show()
+
+    def __exit__(self, *exception) -> None:
+        seconds = time.monotonic() - self._start
+        if self._terminal:
+            self._show()
+            print(file=sys.stderr)
+        elif exception[0] is None:
+            logger.info("%s: done in %.1f s", self._title, seconds)
+
+    def _show(self) -> None:
+        share = min(1.0, self._done / self._total)
+        seconds = time.monotonic() - self._start
+        rate = self._done / self._scale / max(seconds, 1e-9)
+        left = (self._total - self._done) / self._scale / rate if rate > 0 else 0.0
+        bar = "#" * round(share * _BAR_WIDTH)
+        line = f"{self._title} [{bar:<{_BAR_WIDTH}}] {share:4.0%}  {rate:.1f} {self._unit}/s  {left:.0f} s left"
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,149 @@
+"""Tokenised documents on disk: flat files of ids, an index of where documents begin, and the fixed order they are packed in.
+
+    meta.json                  what is here: counts, dtype, size of each file
+    tokens-00000.bin, ...      ids of document after document, uint16 or uint32; a document lies in one file
+    offsets.npy                int64 [documents + 1], where each document begins in all of the ids
+    order.npy                  int64 [documents], the documents permuted, once and for all
+    stream.npy                 int64 [documents + 1], where each permuted document begins in the stream that samples are cut from
+
+Everything is read through memory maps; nothing grows with the corpus but the files.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+
+from spectitan.data.order import permuted
+
+FORMAT_VERSION = 1
+SHARD_TOKENS = 2**28  # a new file is begun after this many ids
+_INDEX_ROWS = 2**20  # index rows in memory at once
+_ORDER_KEY = 0x5EC717A2  # chooses the fixed permutation of documents
+
+
+class BrokenShards(ValueError):
+    """A folder of shards that is not as it was written."""
+
+
+class Shards:
+    """Reads what ShardWriter wrote. Pickles as its folder, so that worker processes map the files themselves.
+
+    Attributes:
+        meta: what the writer was given, with "documents" and "tokens".
+        offsets, order, stream: as in the module's docstring.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_bytes())
+            sizes = {name: (self.folder / name).stat().st_size for name in self.meta["files"]}
+            if sizes != self.meta["files"]:
+                raise BrokenShards(f"{self.folder}: files are not as long as they were")
+            self.offsets, self.order, self.stream = (
+                np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("offsets", "order", "stream")
+            )
+            names = sorted(name for name in self.meta["files"] if name.startswith("tokens-"))
+            self.tokens = [np.memmap(self.folder / name, dtype=self.meta["dtype"], mode="r") for name in names]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenShards(f"{self.folder}: {error}") from None
+        self._file_starts = np.cumsum([0] + [len(tokens) for tokens in self.tokens]).tolist()
+
+    def __reduce__(self):
+        return Shards, (self.folder,)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.order)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._file_starts[-1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """ids [start, stop) of one document, by their place in all of the ids; a view of the map."""
+        file = bisect_right(self._file_starts, start) - 1
+        first = self._file_starts[file]
+        return self.tokens[file][start - first : stop - first]
+
+    def document(self, number: int) -> np.ndarray:
+        return self.read(int(self.offsets[number]), int(self.offsets[number + 1]))
+
+
+class ShardWriter:
+    """Writes shards into an empty folder, document after document, with constant memory.
+
+    Args:
+        folder: exists and is empty.
+        vocab_size: ids are below it; decides the dtype.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
+        self._folder, self._shard_tokens = folder, shard_tokens
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._lengths = (folder / "lengths.tmp").open("wb")
+        self._file, self._files, self._in_file = None, 0, 0
+        self.documents = self.tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        if self._file is None or self._in_file >= self._shard_tokens:
+            self._close_file()
+            self._file = (self._folder / f"tokens-{self._files:05d}.bin").open("wb")
+            self._files, self._in_file = self._files + 1, 0
+        self._file.write(ids.astype(self._dtype).data)
+        self._lengths.write(np.array(len(ids), np.int64).data)
+        self._in_file += len(ids)
+        self.documents, self.tokens = self.documents + 1, self.tokens + len(ids)
+
+    def finish(self, meta: dict) -> None:
+        """Writes the index, then meta.json with `meta` in it; everything has reached the disk when this returns."""
+        self._close_file()
+        self._lengths.close()
+        lengths_path = self._folder / "lengths.tmp"
+        lengths = np.memmap(lengths_path, np.int64, "r")
+        _write_running_sum(self._folder / "offsets.npy", lengths, lambda rows: lengths[rows])
+        order = np.lib.format.open_memmap(self._folder / "order.npy", "w+", np.int64, (self.documents,))
+        for start in range(0, self.documents, _INDEX_ROWS):
+            rows = np.arange(start, min(start + _INDEX_ROWS, self.documents), dtype=np.uint64)
+            order[start : start + len(rows)] = permuted(rows, self.documents, _ORDER_KEY)
+        order.flush()
+        _write_running_sum(self._folder / "stream.npy", lengths, lambda rows: lengths[order[rows]])
+        del lengths
+        lengths_path.unlink()
+        sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
+        content = meta | {"documents": self.documents, "tokens": self.tokens, "dtype": self._dtype.str, "files": sizes}
+        (self._folder / "meta.json").write_text(json.dumps(content, indent=1))
+        for path in [*self._folder.iterdir(), self._folder]:
+            sync(path)
+
+    def close(self) -> None:
+        """Closes the files of shards that will not be finished."""
+        self._close_file()
+        self._lengths.close()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_running_sum(path: Path, lengths: np.ndarray, choose) -> None:
+    """int64 [documents + 1]: 0, then the running sum of the lengths that `choose` gives for a slice of rows."""
+    sums = np.lib.format.open_memmap(path, "w+", np.int64, (len(lengths) + 1,))
+    sums[0] = 0
+    for start in range(0, len(lengths), _INDEX_ROWS):
+        chosen = choose(slice(start, start + _INDEX_ROWS))
+        sums[start + 1 : start + 1 + len(chosen)] = sums[start] + np.cumsum(chosen)
+    sums.flush()

@@ -1,0 +1,30 @@
+"""Held-out text as batches: files that no training shard contains."""
+
+from spectitan.config.sections import Data
+from spectitan.data.corpus import tokenise_held_out
+from spectitan.data.loader import collate
+from spectitan.data.order import SampleOrder
+from spectitan.data.packing import PackedDataset
+from spectitan.data.tokenizer import Tokenizer
+from spectitan.types import TokenBatch
+
+_SEED = 0  # the same samples for every run, so that losses can be compared
+
+
+def build_validation(data: Data, tokenizer: Tokenizer, num_samples: int, micro_batch_size: int) -> list[TokenBatch]:
+    """The first `num_samples` held-out samples (fewer if there are not as many) in batches; the last batch may be smaller.
+
+    Empty if num_samples is 0, or if neither data.val_path nor data.holdout says what is held out. Datasets have the shares of
+    their sizes, whatever data.weights.
+
+    Raises:
+        UserError: as corpus.tokenise_held_out.
+    """
+    datasets = tokenise_held_out(data, tokenizer) if num_samples > 0 else []
+    if not datasets:
+        return []
+    packed = [PackedDataset(dataset.shards, data.seq_length) for dataset in datasets]
+    sizes = [len(samples) for samples in packed]
+    order, num_samples = SampleOrder(sizes, None, _SEED), min(num_samples, sum(sizes))
+    batches = [range(first, min(first + micro_batch_size, num_samples)) for first in range(0, num_samples, micro_batch_size)]
+    return [collate(packed, [order[i] for i in index], index) for index in batches]
