@@ -7,6 +7,7 @@ The family says what stands in config.json and under which names (`Speculator.se
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -134,15 +135,17 @@ def load_speculator(path: str | Path, base_config, objective: Objective = Object
 def serve_notes(format: str, folder: str, base_name: str, num_draft_tokens: int) -> list[str]:
     """Lines that say how to serve a folder: the command, and which servers take it."""
     assert format == "mlp_speculator", format
-    speculative = json.dumps({"model": folder, "num_speculative_tokens": num_draft_tokens})
+    def command(**more: str) -> str:
+        speculative_config = json.dumps(more | {"model": folder, "num_speculative_tokens": num_draft_tokens})
+        return f"vllm serve {shlex.quote(base_name)} --speculative-config {shlex.quote(speculative_config)}"
+
     return [
-        f"VLLM_USE_V1=0 vllm serve {base_name} --speculative-config '{speculative}'",
+        f"VLLM_USE_V1=0 {command()}",
         "",
         "Servers that take it:",
         "- vLLM 0.9 with its V0 engine (VLLM_USE_V1=0, the command above). Its V1 engine, the only one of later versions, does not.",
         '- ArcticInference (on vLLM 0.18), once "architectures" in config.json is ["ArcticMLPSpeculatorPreTrainedModel"]:',
-        f"  ARCTIC_INFERENCE_ENABLED=1 vllm serve {base_name} --speculative-config "
-        f"'{json.dumps({'method': 'arctic', 'model': folder, 'num_speculative_tokens': num_draft_tokens})}'",
+        f"  ARCTIC_INFERENCE_ENABLED=1 {command(method='arctic')}",
         "- IBM's fms-extras, whose layout it is.",
     ]
 
