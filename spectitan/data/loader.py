@@ -1,7 +1,9 @@
 """Micro-batches of this rank, without end, from any position of the global order; the whole state is that position."""
 
+import atexit
 import signal
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -95,9 +97,14 @@ class Loader:
                 pin_memory=torch.cuda.is_available(),
             )
         self._batches = iter(batches)
+        atexit.register(_close, weakref.ref(self))
 
     def __iter__(self) -> "Loader":
         return self
+
+    def close(self) -> None:
+        """Ends the worker processes. Also happens when the loader is no longer used, and when the program ends."""
+        self._batches = iter(())
 
     def __next__(self) -> TokenBatch:
         batch = next(self._batches)
@@ -139,6 +146,12 @@ def _counts(dataset: TokenisedDataset, samples: int) -> dict:
 
 def _as_it_is(batch: TokenBatch) -> TokenBatch:
     return batch
+
+
+def _close(loader: "weakref.ref[Loader]") -> None:
+    """At exit the workers must be told: multiprocessing would only send them the SIGTERM that they ignore, and wait."""
+    if loader() is not None:
+        loader().close()
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
