@@ -135,6 +135,7 @@ def load_speculator(path: str | Path, base_config, objective: Objective = Object
 def serve_notes(format: str, folder: str, base_name: str, num_draft_tokens: int) -> list[str]:
     """Lines that say how to serve a folder: the command, and which servers take it."""
     assert format == "mlp_speculator", format
+
     def command(**more: str) -> str:
         speculative_config = json.dumps(more | {"model": folder, "num_speculative_tokens": num_draft_tokens})
         return f"vllm serve {shlex.quote(base_name)} --speculative-config {shlex.quote(speculative_config)}"

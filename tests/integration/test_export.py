@@ -32,7 +32,9 @@ def base(tmp_path) -> EmbedLLaMA:
     return model
 
 
-def save_run(folder: Path, base_path: Path, trained: torch.nn.ModuleDict, type: str, config: MlpConfig, freeze: bool, step: int = 3) -> Path:
+def save_run(
+    folder: Path, base_path: Path, trained: torch.nn.ModuleDict, type: str, config: MlpConfig, freeze: bool, step: int = 3
+) -> Path:
     """A checkpoint as the trainer writes it, with the keys of its run."""
     tables = {
         "base": dataclasses.asdict(Base(path=str(base_path), freeze=freeze)),
@@ -52,7 +54,9 @@ def make_speculator(seed: int = 1, **keys) -> tuple[Speculator, MlpConfig]:
 
 def run_of_speculator(tmp_path: Path, name: str = "run", seed: int = 1, step: int = 3) -> tuple[Path, Speculator]:
     speculator, config = make_speculator(seed, n_speculator_heads=4, scale_input=False)
-    checkpoint = save_run(tmp_path / name, tmp_path / "base", torch.nn.ModuleDict({"speculator": speculator}), "mlp", config, freeze=True, step=step)
+    checkpoint = save_run(
+        tmp_path / name, tmp_path / "base", torch.nn.ModuleDict({"speculator": speculator}), "mlp", config, freeze=True, step=step
+    )
     return checkpoint, speculator
 
 

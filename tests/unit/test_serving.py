@@ -17,10 +17,19 @@ from spectitan.types import BaseStates
 from tests.unit.test_recurrent import FIXTURES, HIDDEN, VOCAB, WIDTH, greedy, make_speculator
 
 BASE = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
+# Only what names the base matters here; its sizes do not have to be those of the drafter.
 BASE_CONFIG = {
-    "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": HIDDEN + 1, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "vocab_size": VOCAB,
+    "hidden_size": 20,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+}
 
 
 @pytest.fixture
