@@ -40,6 +40,7 @@ from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.states.online import OnlineStates
 from spectitan.trained import load_base, load_speculator_for
+from spectitan.training.allocator import use_huge_pages
 from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, move_aside, read_state
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity
@@ -248,7 +249,7 @@ class Trainer:
 
     def _refuse_bad(self, first_bad_step: Tensor) -> None:
         """Ends a run whose loss is not finite; optimizer steps have skipped themselves since, and the last checkpoint stands."""
-        bad = [(int(step), head) for head, step in enumerate(first_bad_step) if step >= 0]
+        bad = [(step, head) for of_rank in utils.gather(first_bad_step.tolist()) for head, step in enumerate(of_rank) if step >= 0]
         if bad:
             step, head = min(bad)
             raise UserError(
@@ -315,6 +316,7 @@ class Trainer:
 
 
 def train(config: Config, stop: StopSignal) -> None:
+    use_huge_pages()
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if config.job.threads > 0:
