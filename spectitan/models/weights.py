@@ -102,6 +102,8 @@ def save_hf(
         if writes:
             content = config_to_json(model.config, str(dtype).removeprefix("torch."))
             (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for file in temporary.glob("*.safetensors"):
+                shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
             if tokenizer_files_from is not None:
                 source = resolve_base_path(tokenizer_files_from)
                 for file in {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}:

@@ -103,7 +103,9 @@ class Speculator(nn.Module):
         """The drafter's own cache for `length` slots a row, or None if it keeps nothing."""
         return None
 
-    def draft(self, cache: KVCache | None, tokens: Tensor, states: BaseStates, counts: Tensor, readout: Readout, k: int, pick: Pick) -> Draft:
+    def draft(
+        self, cache: KVCache | None, tokens: Tensor, states: BaseStates, counts: Tensor, readout: Readout, k: int, pick: Pick
+    ) -> Draft:
         """Proposes k tokens a row.
 
         Args:
