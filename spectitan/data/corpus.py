@@ -5,14 +5,15 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,13 +28,17 @@ from spectitan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A text longer than a piece is cut into pieces at line ends, so that a file of gigabytes is tokenised in constant memory.
+# A longer text is tokenised in pieces, cut at line ends: ids as Python's integers take twenty times the memory of the text.
 PIECE_CHARACTERS = 2**20
 CHUNK_CHARACTERS = 2**18  # documents handed to a thread together
+SETTLED_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class TokenisedDataset:
+class EmptyDataset(UserError):
+    """No document to train or evaluate on."""
+
+
+class TokenisedDataset(NamedTuple):
     """One dataset as shards; `shards` is None where its weight is 0."""
 
     name: str
@@ -49,18 +54,45 @@ def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
     datasets = find_datasets(data)
     weights = data.weights or [1.0] * len(datasets)
     prompts = load_prompts(data.drop_overlap, tokenizer) if data.drop_overlap else []
-    return [
+    tokenised = [
         TokenisedDataset(dataset.name, _tokenised(dataset, data, TRAINING, tokenizer, prompts) if weight > 0 else None)
         for dataset, weight in zip(datasets, weights)
     ]
+    for name, shards in tokenised:
+        if shards is not None:
+            logger.info("data %s: %s", name, describe(shards))
+    return tokenised
+
+
+def describe(shards: Shards) -> str:
+    """One line: documents, tokens, what was dropped and held out."""
+    meta = shards.meta
+    parts = [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens", f"{meta['bytes'] / meta['tokens']:.2f} bytes a token"]
+    parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(meta["dropped"].items())]
+    parts += [f"{meta['held_out']:,} held out"] if meta.get("held_out") else []
+    return ", ".join(parts)
 
 
 def tokenise_held_out(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset]:
-    """The evaluation text: all of data.val_path, else the held-out part of the datasets; none where data.holdout is 0."""
+    """The evaluation text: all of data.val_path, else the held-out part of the datasets; none where data.holdout is 0.
+
+    A dataset in which nothing happens to be held out is left out.
+
+    Raises:
+        UserError: as tokenise_training; nothing at all is held out.
+    """
     if not data.val_path and data.holdout == 0:
         return []
     part = None if data.val_path else HELD_OUT
-    return [TokenisedDataset(dataset.name, _tokenised(dataset, data, part, tokenizer, [])) for dataset in validation_datasets(data)]
+    tokenised, empty = [], []
+    for dataset in validation_datasets(data):
+        try:
+            tokenised.append(TokenisedDataset(dataset.name, _tokenised(dataset, data, part, tokenizer, [])))
+        except EmptyDataset as error:
+            empty.append(error)
+    if not tokenised:
+        raise empty[0]
+    return tokenised
 
 
 def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> Shards:
@@ -77,14 +109,17 @@ def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokeni
             return shards
         for leftover in cache.glob(f"{folder.name}.*.tmp"):  # of a process that was killed: it holds the lock no more
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=cache))
+        temporary = cache / f"{folder.name}.{secrets.token_hex(8)}.tmp"
+        temporary.mkdir()
         try:
             _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts))
             if folder.exists():  # broken
                 shutil.rmtree(folder)
             temporary.rename(folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+                raise OSError(error.errno, error.strerror, str(cache)) from None
             raise
     return Shards(folder)
 
@@ -98,13 +133,30 @@ def _cache_key(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokeni
     """Everything that decides the shards' bytes: the files' contents, the tokenizer, and the keys that choose documents."""
     decides = {
         "format": FORMAT_VERSION,
-        "content": dataset.content_hash(),
+        "content": _content_hash(dataset, cache_folder(data)),
         "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size],
         "part": [part, data.holdout if part else 0.0],
         "reading": [data.format, data.text_column, data.on_invalid],
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _content_hash(dataset: Dataset, cache: Path) -> str:
+    """The hash of the files' contents; remembered as long as the file system says that no file has changed.
+
+    Not remembered while a file is so young that a further change might leave it the same time.
+    """
+    memory = cache / f"sources-{dataset.stat_hash()}"
+    if memory.exists():
+        return memory.read_text()
+    settled = dataset.newest_change() < time.time() - SETTLED_SECONDS
+    content = dataset.content_hash()
+    if settled:
+        temporary = cache / f"{memory.name}.{secrets.token_hex(8)}.tmp"
+        temporary.write_text(content)
+        temporary.replace(memory)
+    return content
 
 
 def _open(folder: Path) -> Shards | None:
@@ -136,6 +188,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
     found, num_bytes = Found(), 0
+    begin, end = (np.array([] if i is None else [i], np.uint32) for i in (tokenizer.bos_id, tokenizer.eos_id))
     writer = ShardWriter(folder, tokenizer.vocab_size)
     title = f"tokenising {dataset.name}" + (f" ({part})" if part == HELD_OUT else "")
     try:
@@ -144,18 +197,17 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
             for document, ids in _encoded(documents, tokenizer, _num_threads(data)):
                 progress.update(document.bytes_read)
                 if len(ids) < 2:
-                    found.dropped["one token" if ids else "empty"] += 1
+                    found.dropped["one token" if len(ids) else "empty"] += 1
                     continue
-                array = np.asarray(tokenizer.document(ids), dtype=np.uint32)
-                if windows.overlap(array):
+                if windows.overlap(ids):
                     found.dropped["prompt overlap"] += 1
                     continue
-                writer.add(array)
+                writer.add(np.concatenate([begin, ids, end]))
                 num_bytes += len(document.text.encode())
         for name in found.skipped_names:
             logger.warning("data %s: skipped %s (undecodable)", dataset.name, name)
         if writer.documents == 0:
-            raise UserError(_why_empty(dataset, data, part, found))
+            raise EmptyDataset(_why_empty(dataset, data, part, found))
         other = {"held_out": found.other_part} if part == TRAINING else {}
         writer.finish({"bytes": num_bytes, "dropped": dict(found.dropped), "skipped": found.skipped_names} | other)
     finally:
@@ -170,11 +222,11 @@ def _why_empty(dataset: Dataset, data: Data, part: str | None, found: Found) -> 
 
 
 def _num_threads(data: Data) -> int:
-    return data.tokenizer_threads if data.tokenizer_threads > 0 else len(os.sched_getaffinity(0))
+    return data.tokenizer_threads if data.tokenizer_threads > 0 else os.cpu_count() or 1
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, list[int]]]:
-    """Documents with their ids, in order. Tokenizers release the interpreter, so threads use all cores without copying text."""
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents with their ids, uint32 [n], in order. Tokenizers release the interpreter, so threads use all cores without copying text."""
     waiting: deque = deque()
     with _one_thread_a_call(), ThreadPoolExecutor(threads) as pool:
         try:
@@ -191,21 +243,22 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) 
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Lists of documents of at most CHUNK_CHARACTERS together; a longer one is a list of its own."""
     chunk, size = [], 0
     for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= CHUNK_CHARACTERS:
+        if chunk and size + len(document.text) > CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
+        chunk.append(document)
+        size += len(document.text)
     if chunk:
         yield chunk
 
 
-def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
-    pieces = [_pieces(document.text) for document in chunk]
-    ids = iter(tokenizer.encode_batch([piece for texts in pieces for piece in texts]))
-    return [[i for _ in texts for i in next(ids)] for texts in pieces]
+def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    if len(chunk) == 1:  # perhaps a long text: only one piece of it is held as Python's integers
+        return [np.concatenate([np.array(tokenizer.encode_batch([piece])[0], np.uint32) for piece in _pieces(chunk[0].text)])]
+    return [np.array(ids, np.uint32) for ids in tokenizer.encode_batch([document.text for document in chunk])]
 
 
 def _pieces(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
@@ -19,6 +20,7 @@ STDLIB = "python:stdlib"
 STDLIB_WITH_TESTS = "python:stdlib+tests"
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TESTS = frozenset({"test", "tests"})
+_EXCLUDED = {STDLIB: (_NOT_STDLIB | _TESTS, (".py",)), STDLIB_WITH_TESTS: (_NOT_STDLIB, (".py",))}  # folders, and suffixes to read
 
 TRAINING, HELD_OUT = "training", "held-out"
 
@@ -45,6 +47,16 @@ class Dataset:
 
     def num_bytes(self) -> int:
         return sum((self.root / file).stat().st_size for file in self.files)
+
+    def stat_hash(self) -> str:
+        """Hash of what the file system says of every file: changes whenever a file is written."""
+        stats = ((file, (self.root / file).stat()) for file in self.files)
+        identity = [(str(self.root), file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for file, stat in stats]
+        return hashlib.blake2b(repr(identity).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+    def newest_change(self) -> float:
+        """When a file was last changed, in seconds since the epoch."""
+        return max((self.root / file).stat().st_ctime for file in self.files)
 
     def content_hash(self) -> str:
         """One sequential hash of every file's path, size and bytes."""
@@ -80,8 +92,8 @@ def find_datasets(data: Data) -> list[Dataset]:
             do not match.
     """
     if data.path.startswith("python:"):
-        if data.path not in (STDLIB, STDLIB_WITH_TESTS):
-            raise UserError(f"data.path = {data.path}: unknown corpus; allowed: {STDLIB}, {STDLIB_WITH_TESTS}, or a file or folder")
+        if data.path not in _EXCLUDED:
+            raise UserError(f"data.path = {data.path}: unknown corpus; allowed: {', '.join(_EXCLUDED)}, or a file or folder")
         root = Path(sysconfig.get_path("stdlib"))
     else:
         root = Path(data.path).expanduser()
@@ -91,11 +103,16 @@ def find_datasets(data: Data) -> list[Dataset]:
         raise UserError(f"data.weights has {len(data.weights)} numbers for {len(data.datasets)} data.datasets; allowed: one for each")
     if data.weights and not sum(data.weights) > 0:
         raise UserError("data.weights are all 0; allowed: at least one above 0")
+    excluded, suffixes = _EXCLUDED.get(data.path, (frozenset(), _suffixes(data)))
     if not data.datasets:
-        return [_dataset(data, data.path, root, root)]
+        return [_dataset(data.path, root, root, suffixes, excluded)]
     if not root.is_dir():
         raise UserError(f"data.datasets = {data.datasets}: data.path = {data.path} is a file, it has no sub-folders")
-    return [_dataset(data, name, root, _sub_folder(data, name, root)) for name in data.datasets]
+    folders = {name: _sub_folder(data, name, root) for name in data.datasets}
+    for inner, outer in itertools.permutations(folders, 2):
+        if folders[inner].resolve().is_relative_to(folders[outer].resolve()):
+            raise UserError(f"data.datasets: {inner!r} lies in {outer!r}; allowed: folders that share no file")
+    return [_dataset(name, root, folder, suffixes, excluded) for name, folder in folders.items()]
 
 
 def validation_datasets(data: Data) -> list[Dataset]:
@@ -105,7 +122,7 @@ def validation_datasets(data: Data) -> list[Dataset]:
     path = Path(data.val_path).expanduser()
     if not path.exists():
         raise UserError(f"data.val_path = {data.val_path!r}: no such file or folder")
-    return [_dataset(data, data.val_path, path, path)]
+    return [_dataset(data.val_path, path, path, _suffixes(data))]
 
 
 def read_documents(dataset: Dataset, data: Data, part: str | None, found: Found) -> Iterator[Document]:
@@ -205,13 +222,10 @@ def _sub_folder(data: Data, name: str, root: Path) -> Path:
     return path
 
 
-def _dataset(data: Data, name: str, root: Path, folder: Path) -> Dataset:
-    """The files of `folder`, or the file that it is. Hidden files and folders are left out."""
+def _dataset(name: str, root: Path, folder: Path, suffixes: tuple[str, ...], excluded: frozenset[str] = frozenset()) -> Dataset:
+    """The files of `folder`, or the file that it is. Hidden files and folders are left out, and folders named in `excluded`."""
     if folder.is_file():
         return Dataset(name, folder.parent, (folder.name,)) if folder == root else Dataset(name, root, (folder.relative_to(root).as_posix(),))
-    excluded, suffixes = frozenset(), _suffixes(data)
-    if data.path in (STDLIB, STDLIB_WITH_TESTS) and name != data.val_path:
-        excluded, suffixes = _NOT_STDLIB if data.path == STDLIB_WITH_TESTS else _NOT_STDLIB | _TESTS, (".py",)
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [entry for entry in folders if not entry.startswith(".") and entry not in excluded]

@@ -72,7 +72,10 @@ class Loader:
         shares: share of each dataset in the samples.
     """
 
-    def __init__(self, datasets: list[TokenisedDataset], data: Data, *, seed, global_batch_size, micro_batch_size, rank, world_size, position):
+    def __init__(
+        self, datasets: list[TokenisedDataset], data: Data, *, seed: int, global_batch_size: int, micro_batch_size: int,
+        rank: int, world_size: int, position: int,
+    ):  # fmt: skip
         packed = [dataset.shards and PackedDataset(dataset.shards, data.seq_length) for dataset in datasets]
         sizes = [0 if samples is None else len(samples) for samples in packed]
         weights = data.weights or sizes

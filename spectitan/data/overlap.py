@@ -9,7 +9,7 @@ from spectitan.data.shards import Shards
 
 WINDOW = 64
 _HALF = WINDOW // 2
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token's part of a hash is lost by overflow
 
 
 class PromptWindows:
@@ -31,12 +31,13 @@ class PromptWindows:
 
 
 def _window_hashes(ids: np.ndarray) -> np.ndarray:
-    """uint64 [max(0, n - 63)]: sum over a window of (id + 1) * _BASE**(63 - place), modulo 2**64, by Horner's rule."""
-    count = max(0, len(ids) - WINDOW + 1)
-    hashes = np.zeros(count, np.uint64)
-    for place in range(WINDOW):
-        hashes *= _BASE
-        hashes += ids[place : place + count] + np.uint64(1)
+    """uint64 [max(0, n - 63)]: sum over a window of (id + 1) * _BASE**(63 - place), modulo 2**64, by doubling the window."""
+    if len(ids) < WINDOW:
+        return np.zeros(0, np.uint64)
+    hashes, width, power = ids + np.uint64(1), 1, _BASE
+    while width < WINDOW:
+        hashes = hashes[:-width] * power + hashes[width:]
+        width, power = 2 * width, np.uint64(int(power) ** 2 % 2**64)
     return hashes
 
 

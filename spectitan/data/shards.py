@@ -12,6 +12,7 @@ Everything is read through memory maps; nothing grows with the corpus but the fi
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,11 @@ class ShardWriter:
         self._lengths.close()
         lengths_path = self._folder / "lengths.tmp"
         lengths = np.memmap(lengths_path, np.int64, "r")
-        _write_running_sum(self._folder / "offsets.npy", lengths, lambda rows: lengths[rows])
-        order = np.lib.format.open_memmap(self._folder / "order.npy", "w+", np.int64, (self.documents,))
-        for start in range(0, self.documents, _INDEX_ROWS):
-            rows = np.arange(start, min(start + _INDEX_ROWS, self.documents), dtype=np.uint64)
-            order[start : start + len(rows)] = permuted(rows, self.documents, _ORDER_KEY)
-        order.flush()
-        _write_running_sum(self._folder / "stream.npy", lengths, lambda rows: lengths[order[rows]])
-        del lengths
+        _write_npy(self._folder / "offsets.npy", self.documents + 1, _running_sum(lengths[rows] for rows in _slices(self.documents)))
+        _write_npy(self._folder / "order.npy", self.documents, _fixed_order(self.documents))
+        order = np.load(self._folder / "order.npy", mmap_mode="r", allow_pickle=False)
+        _write_npy(self._folder / "stream.npy", self.documents + 1, _running_sum(lengths[order[rows]] for rows in _slices(self.documents)))
+        del lengths, order
         lengths_path.unlink()
         sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
         content = meta | {"documents": self.documents, "tokens": self.tokens, "dtype": self._dtype.str, "files": sizes}
@@ -139,11 +137,28 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_running_sum(path: Path, lengths: np.ndarray, choose) -> None:
-    """int64 [documents + 1]: 0, then the running sum of the lengths that `choose` gives for a slice of rows."""
-    sums = np.lib.format.open_memmap(path, "w+", np.int64, (len(lengths) + 1,))
-    sums[0] = 0
-    for start in range(0, len(lengths), _INDEX_ROWS):
-        chosen = choose(slice(start, start + _INDEX_ROWS))
-        sums[start + 1 : start + 1 + len(chosen)] = sums[start] + np.cumsum(chosen)
-    sums.flush()
+def _slices(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + _INDEX_ROWS, size)) for start in range(0, size, _INDEX_ROWS))
+
+
+def _fixed_order(documents: int) -> Iterator[np.ndarray]:
+    for rows in _slices(documents):
+        yield permuted(np.arange(rows.start, rows.stop, dtype=np.uint64), documents, _ORDER_KEY)
+
+
+def _running_sum(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """0, then the sum of the lengths so far after each."""
+    total = 0
+    yield np.zeros(1, np.int64)
+    for part in lengths:
+        sums = total + np.cumsum(part)
+        total = int(sums[-1])
+        yield sums
+
+
+def _write_npy(path: Path, size: int, parts: Iterable[np.ndarray]) -> None:
+    """int64 [size] from parts. Written as a file, not through a map: with a map a full disk would kill the process."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (size,)})
+        for part in parts:
+            file.write(part.astype("<i8").data)

@@ -78,6 +78,9 @@ class JsonTokenizer(Tokenizer):
         self.eos_id = self._end_id(settings, path.parent)
         self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
 
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids  # a batch would start the library's threads
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
