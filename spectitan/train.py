@@ -4,6 +4,7 @@
     python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -24,7 +25,7 @@ from spectitan.data.loader import build_loader
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.data.validation import build_validation
-from spectitan.decoding.acceptance import measure_acceptance
+from spectitan.decoding.acceptance import draft_length, measure_acceptance, select_prompts
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
@@ -34,6 +35,7 @@ from spectitan.errors import UserError
 from spectitan.evaluation import evaluate_run
 from spectitan.exporting import export_run
 from spectitan.keyed_random import hash_keys
+from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
@@ -46,6 +48,7 @@ from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
+from spectitan.training.report_sums import ReportSums
 from spectitan.training.schedule import learning_rate_multiplier
 
 logger = logging.getLogger(__name__)
@@ -76,20 +79,21 @@ class Trainer:
         if config.data.seq_length > base_config.max_position_embeddings:
             raise UserError(f"data.seq_length = {config.data.seq_length}: the base allows at most {base_config.max_position_embeddings}")
         self.speculator = build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
+        self.prompts = []
+        if config.eval.prompts != "none" and config.speculator.type != "none":
+            self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
+            select_prompts(self.prompts, config.eval, base_config)
+            draft_length(self.speculator, config.eval)
+        _check_can_be_written(self.folder)
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run
-        self.identity = self._identity()
+        self.identity = self._identity(base_config)
         saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
         if self.checkpoint:
             check_identity(saved["identity"], self.identity)
         self.step = saved["step"]
-        self.prompts = []
-        if config.eval.prompts != "none" and config.speculator.type != "none":
-            self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
-        if world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
 
+        # What costs: tokenising, then the model. The folder of an earlier run is touched when all that has gone well.
         self.loader = build_loader(
             config.data, self.tokenizer, seed=config.job.seed, global_batch_size=self.global_batch_size,
             micro_batch_size=micro_batch_size, rank=world.rank, world_size=ranks, position=saved["position"],
@@ -100,34 +104,43 @@ class Trainer:
             self.total_steps = max(1, math.ceil(config.training.epochs * self.loader.samples_per_epoch / self.global_batch_size))
         self.validation = build_validation(config.data, self.tokenizer, config.eval.loss_samples, micro_batch_size)
 
-        self._build_model(base_config)
+        self._build_model()
         if self.checkpoint:
             self.checkpointer.load(self.checkpoint, self._tensors())
             finished = ", the last: this run is finished" if self.step >= self.total_steps else f" of {self.total_steps}"
             logger.info("resumed from %s at step %d%s", self.checkpoint, self.step, finished)
+        self._begin_folder()
         self.metrics = MetricsLogger(config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step)
         self._new_report()
+        if "report" in saved:
+            self.sums.load(saved["report"])
 
     def _starting_point(self) -> Path | None:
         """The checkpoint to go on from: this run's newest valid one, else checkpoint.load_path's, else none."""
         config = self.config.checkpoint
-        if config.resume == "never":
-            moved = move_aside(self.folder)
-            if moved:
-                logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
-        own = self.checkpointer.newest_valid()
+        own = self.checkpointer.newest_valid() if config.resume == "auto" else None
         return own if own or not config.load_path else find_checkpoint(config.load_path)
 
-    def _identity(self) -> dict[str, object]:
+    def _begin_folder(self) -> None:
+        moved = move_aside(self.folder) if self.config.checkpoint.resume == "never" else None
+        if moved:
+            logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+
+    def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
         """Every key of the run, and what the base is: training/identity.py says which may change when a run is resumed."""
         config = self.config
         tables = dataclasses.asdict(config)
         keys = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
         del keys["job.config_file"], keys["speculator.path"]
+        keys |= {f"base.config.{name}": value for name, value in base_config.identity().items()}
         keys["base.identity"] = "random" if config.base.init == "random" else fingerprint(self.base_path)
+        keys["base.tokenizer"] = self.tokenizer.fingerprint
         return keys | {"training.global_batch_size": self.global_batch_size}
 
-    def _build_model(self, base_config) -> None:
+    def _build_model(self) -> None:
         config = self.config
         self.base = get_model(config.base.arch, config.base.variant, str(self.base_path), init=config.base.init, seed=config.job.seed)
         if config.speculator.type != "none":
@@ -192,11 +205,10 @@ class Trainer:
         stop.save_requested = False
         summed = utils.sum_over_ranks(torch.cat([flags, counts, tokens]))
         stopping, saving = bool(summed[0]), bool(summed[1])
+        counts, tokens = summed[3 : 3 + len(counts)], summed[3 + len(counts) :]
         if not stopping:
-            self.sample_hash += summed[2:3]
-            self.counts += summed[3 : 3 + len(counts)]
-            self.tokens_by_dataset += summed[3 + len(counts) :]
-        return summed[3 : 3 + len(counts)], stopping, saving
+            self.sums.add_samples(counts, tokens, int(summed[2]))
+        return counts, stopping, saving
 
     def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -206,9 +218,7 @@ class Trainer:
             states = self.source.states(batch)
             loss = self.speculator(batch, states, target, denominators, self.base.readout)
             utils.backward(loss.total)
-            self.sums += loss.sums
-            bad = ~loss.sums[:, 0].isfinite() & (self.first_bad_step < 0)
-            self.first_bad_step = torch.where(bad, self.step + 1, self.first_bad_step)
+            self.sums.add_losses(loss.sums, self.step + 1)
         self.grad_norm = utils.clip_grad_norm(self.trained.parameters(), self.config.training.max_grad_norm)
         self.learning_rate = self.config.optimizer.lr * learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler)
         step_if_finite(self.optimizer, self.learning_rate, self.grad_norm)
@@ -216,55 +226,48 @@ class Trainer:
     # ---- reports and checkpoints ----
 
     def _new_report(self) -> None:
-        """Sums since the last report. Those on the device are read once, when the report is made."""
-        steps, columns = self.speculator.steps, len(self.speculator.metrics)
-        self.sums = torch.zeros(steps, columns, dtype=master_dtype(self.compute_dtype), device=self.device)
-        self.first_bad_step = torch.full((steps,), -1, device=self.device)
-        self.counts = torch.zeros(steps, dtype=torch.int64)
-        self.tokens_by_dataset = torch.zeros(len(self.loader.datasets), dtype=torch.int64)
-        self.sample_hash = torch.zeros(1, dtype=torch.int64)
-        self.seconds_waiting, self.report_start, self.report_step = 0.0, time.perf_counter(), self.step
+        shape = self.speculator.steps, len(self.speculator.metrics)
+        self.sums = ReportSums(shape, len(self.loader.datasets), master_dtype(self.compute_dtype), self.device, self.step)
+        self.seconds_waiting, self.timed_from, self.timed_step = 0.0, time.perf_counter(), self.step
 
     def _report(self) -> None:
-        sums = utils.sum_over_ranks(self.sums).double().cpu()
-        first_bad = self.first_bad_step.cpu()  # the one place where the host waits for the device
-        self._refuse_bad(first_bad)
-        seconds = time.perf_counter() - self.report_start
-        samples = (self.step - self.report_step) * self.global_batch_size
-        tokens = samples * self.config.data.seq_length
-        means = sums[:, :4] / self.counts.clamp_min(1)[:, None]
+        self._refuse_bad()
+        sums, counts = self.sums.total(), self.sums.counts  # the one place where the host waits for the device
+        seconds, steps = time.perf_counter() - self.timed_from, self.step - self.sums.first_step
+        tokens = steps * self.global_batch_size * self.config.data.seq_length
+        here = (self.step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
+        means = sums[:, :4] / counts.clamp_min(1)[:, None]
         self.metrics.report(
             step=self.step,
             lr=self.learning_rate,
             **dict(zip(self.speculator.metrics[:4], means.T.tolist())),
             grad_norm=self.grad_norm.item(),
-            supervised_tokens=int(self.counts[0]),
-            tokens_by_dataset=dict(zip(self.loader.datasets, self.tokens_by_dataset.tolist())),
-            sample_hash=f"{self.sample_hash.item() & (2**64 - 1):016x}",
-            tokens_per_second=tokens / seconds,
+            supervised_tokens=int(counts[0]),
+            tokens_by_dataset=dict(zip(self.loader.datasets, self.sums.tokens_by_dataset.tolist())),
+            sample_hash=f"{self.sums.sample_hash:016x}",
+            tokens_per_second=tokens * here,
             waiting=self.seconds_waiting / seconds,
-            flops_per_second=self._flops(tokens) / seconds,
+            flops_per_second=self._flops(tokens) * here,
         )
         self._new_report()
 
-    def _refuse_bad(self, first_bad_step: Tensor) -> None:
+    def _refuse_bad(self) -> None:
         """Ends a run whose loss is not finite; optimizer steps have skipped themselves since, and the last checkpoint stands."""
-        bad = [(step, head) for of_rank in utils.gather(first_bad_step.tolist()) for head, step in enumerate(of_rank) if step >= 0]
+        bad = self.sums.first_bad()
         if bad:
-            step, head = min(bad)
             raise UserError(
-                f"loss of head {head} is not finite at step {step}; the checkpoint before it is kept. "
+                f"loss of head {bad[1]} is not finite at step {bad[0]}; the checkpoint before it is kept. "
                 "Lower optimizer.lr, or look for damaged data or weights"
             )
 
     def _flops(self, tokens: int) -> int:
         """Useful floating-point operations since the last report; a trained base counts three times, for its backward."""
         passes = 1 if self.config.base.freeze else 3
-        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.speculator.flops(self.counts.tolist(), tokens)
+        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.speculator.flops(self.sums.counts.tolist(), tokens)
 
     def _save(self) -> None:
-        self._refuse_bad(self.first_bad_step.cpu())
-        state = {"position": self.step * self.global_batch_size, "identity": self.identity}
+        self._refuse_bad()
+        state = {"position": self.step * self.global_batch_size, "identity": self.identity, "report": self.sums.state()}
         self.checkpoint = self.checkpointer.save(self.step, self._tensors(), state)
         logger.info("saved %s", self.checkpoint)
 
@@ -290,10 +293,9 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluates and exports, unless an earlier start of this run has done so."""
-        self.metrics.close()
         if self.world.is_main:
             config = self._config_of_last_checkpoint()
-            if config.eval.at_end and self._reported_step() != self.step:
+            if config.eval.at_end and (self.prompts or self.validation) and self._reported_step() != self.step:
                 evaluate_run(config)
             if config.export.format != "none" and self._export_is_old():
                 export_run(config)
@@ -315,6 +317,13 @@ class Trainer:
             return None
 
 
+def _check_can_be_written(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "it may not be written" if existing.is_dir() else "it is no folder"
+        raise UserError(f"job.dump_folder = {str(folder)!r}: {existing}: {problem}")
+
+
 def train(config: Config, stop: StopSignal) -> None:
     use_huge_pages()
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
@@ -325,7 +334,8 @@ def train(config: Config, stop: StopSignal) -> None:
     world = init_distributed(config.parallelism.sharding_strategy)
     try:
         trainer = Trainer(config, world)
-        trainer.train(stop)
+        with contextlib.closing(trainer.metrics):
+            trainer.train(stop)
         trainer.finish()
     finally:
         world.close()

@@ -10,8 +10,11 @@ logger = logging.getLogger(__name__)
 # Keys that decide what is trained on what, and in which order; a trailing dot means a whole table.
 MUST_MATCH = (
     "speculator.",
-    "base",  # its fingerprint
     "base.arch",
+    "base.config.",  # what config.json says of the function
+    "base.freeze",
+    "base.identity",  # the weights' fingerprint, or "random"
+    "base.tokenizer",  # its fingerprint
     "data.path",
     "data.datasets",
     "data.weights",
@@ -24,6 +27,8 @@ MUST_MATCH = (
 
 def check_identity(saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
     """Refuses to continue a run whose meaning has changed; logs every other key that has.
+
+    A key that the checkpoint does not know is new since the version that wrote it, and only logged.
 
     Args:
         saved: `section.key` -> JSON value, of the checkpoint.
@@ -40,7 +45,8 @@ def check_identity(saved: dict[str, object], current: dict[str, object], must_ma
         if was == now:
             continue
         was, now = ("absent" if value is absent else repr(value) for value in (was, now))
-        if key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match):
+        known = key in saved
+        if known and (key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match)):
             raise UserError(
                 f"{key} was {was} in the checkpoint and is {now} now: "
                 "set it back, use another job.dump_folder, or checkpoint.resume = never"

@@ -1,0 +1,65 @@
+"""What a report says of the steps since the one before it: sums, on the device where they are made."""
+
+import torch
+from torch import Tensor
+
+from spectitan.distributed import utils
+
+
+class ReportSums:
+    """Sums over the steps after `first_step`. They are part of a checkpoint, so that a resumed run reports what it would have.
+
+    Args:
+        shape: steps (heads) and columns of Loss.sums.
+        num_datasets: of the run.
+        dtype, device: of the losses.
+        first_step: optimizer steps done before.
+
+    Attributes:
+        counts: int64 [steps], targets over all ranks, on the CPU.
+        tokens_by_dataset: int64 [num_datasets], supervised tokens over all ranks, on the CPU.
+        sample_hash: int, modulo 2**64, of the samples.
+    """
+
+    def __init__(self, shape: tuple[int, int], num_datasets: int, dtype: torch.dtype, device: torch.device, first_step: int):
+        self.first_step, self.sample_hash = first_step, 0
+        self.counts, self.tokens_by_dataset = torch.zeros(shape[0], dtype=torch.int64), torch.zeros(num_datasets, dtype=torch.int64)
+        self._sums = torch.zeros(shape, dtype=dtype, device=device)
+        self._first_bad_step = torch.full(shape[:1], -1, device=device)
+
+    def add_samples(self, counts: Tensor, tokens_by_dataset: Tensor, sample_hash: int) -> None:
+        """The targets, tokens and samples of one optimizer step, over all ranks."""
+        self.counts += counts
+        self.tokens_by_dataset += tokens_by_dataset
+        self.sample_hash = (self.sample_hash + sample_hash) % 2**64
+
+    def add_losses(self, sums: Tensor, step: int) -> None:
+        """Loss.sums of a micro-batch of optimizer step `step` on this rank; the host does not wait for them."""
+        self._sums += sums
+        bad = ~sums[:, 0].isfinite() & (self._first_bad_step < 0)
+        self._first_bad_step = torch.where(bad, step, self._first_bad_step)
+
+    def first_bad(self) -> tuple[int, int] | None:
+        """Step and head of the first loss that was not finite on any rank. All ranks call it together; the host waits."""
+        of_ranks = utils.gather(self._first_bad_step.tolist())
+        return min(((step, head) for of_rank in of_ranks for head, step in enumerate(of_rank) if step >= 0), default=None)
+
+    def total(self) -> Tensor:
+        """Sums over all ranks, float64 [steps, columns], on the CPU. All ranks call it together; the host waits."""
+        return utils.sum_over_ranks(self._sums).double().cpu()
+
+    def state(self) -> dict:
+        """JSON values of which `load` makes the same sums. All ranks call it together."""
+        return {
+            "first_step": self.first_step,
+            "sums": self.total().tolist(),
+            "counts": self.counts.tolist(),
+            "tokens_by_dataset": self.tokens_by_dataset.tolist(),
+            "sample_hash": self.sample_hash,
+        }
+
+    def load(self, state: dict) -> None:
+        self.first_step, self.sample_hash = state["first_step"], state["sample_hash"]
+        self.counts, self.tokens_by_dataset = torch.tensor(state["counts"]), torch.tensor(state["tokens_by_dataset"])
+        if utils.rank() == 0:  # the other ranks' shares are in it
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))

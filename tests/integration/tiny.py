@@ -1,0 +1,164 @@
+"""A base model, text and configuration small enough to train in a second, for tests of whole programs."""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from spectitan.data.tokenizer import train_bpe
+from spectitan.keyed_random import uniform
+from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.models.weights import save_hf
+from spectitan.training.checkpoint import read_state, read_tensors
+
+VOCAB, CONTEXT, FILES = 291, 64, 13  # nothing divides by anything
+CONFIG = LlamaConfig(VOCAB, 24, 40, num_layers=2, num_heads=3, max_position_embeddings=CONTEXT, eos_token_id=0, tie_embeddings=True)
+TOML = """
+[job]
+threads = 1
+deterministic = true
+dump_folder = "{root}/run"
+
+[base]
+path = "{root}/base"
+
+[data]
+path = "{root}/data"
+seq_length = 31
+holdout = 0.2
+
+[training]
+num_steps = 7
+global_batch_size = 4
+micro_batch_size = 2
+compute_dtype = "float32"
+
+[optimizer]
+lr = 0.01
+
+[checkpoint]
+interval = 3
+
+[metrics]
+report_interval = 2
+loggers = []
+
+[compile]
+enabled = "false"
+
+[eval]
+prompts = "{root}/prompts.jsonl"
+max_new_tokens = 8
+speed_prompts = 1
+loss_samples = 6
+"""
+
+
+class Tiny(NamedTuple):
+    """base/, data/, prompts.jsonl and config.toml below one folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    def flags(self, dump_folder: Path, **changes) -> list[str]:
+        """Command line of a run; `training__num_steps=9` is --training.num_steps=9, lists are given as text."""
+        if changes.get("speculator__type") != "none":
+            changes = {"speculator__speculator_width": 20} | changes
+        texts = {name.replace("__", "."): value for name, value in changes.items()}
+        return [f"--job.config_file={self.config}", f"--job.dump_folder={dump_folder}", *(f"--{key}={value}" for key, value in texts.items())]
+
+
+def text(number: int) -> str:
+    """A small program; the same for the same number."""
+    names = ["größe", "häuser", "count", "naïve", "total", "日本"]
+    lines = [f"# {number}"]
+    for line in range(12):
+        first, second = (names[int(uniform(number, line, place) * len(names))] for place in range(2))
+        lines += [f"def {first}_{line}({second}):", f"    return {second} + {line}", ""]
+    return "\n".join(lines)
+
+
+def make(root: Path) -> Tiny:
+    texts = [text(number) for number in range(FILES)]
+    for name in ("tokenizer", "data"):
+        (root / name).mkdir(parents=True)
+    (root / "tokenizer" / "tokenizer.json").write_text(train_bpe(texts, VOCAB), encoding="utf-8")
+    base = EmbedLLaMA(CONFIG)
+    base.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        base.readout.embedding.weight *= 10  # far from uniform, so that greedy text has no ties
+    save_hf(base, root / "base", torch.float32, tokenizer_files_from=root / "tokenizer")
+    for number, content in enumerate(texts):
+        (root / "data" / f"{number:02}.txt").write_text(content, encoding="utf-8")
+    prompts = [{"text": "def größe"}, {"tokens": [5, 6, 7]}, {"text": "    return count + 1"}]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
+    (root / "config.toml").write_text(TOML.format(root=root), encoding="utf-8")
+    return Tiny(root)
+
+
+# The base itself is trained, from random weights.
+BASE_ALONE = {"speculator__type": "none", "base__init": "random", "base__freeze": "false", "eval__prompts": "none", "export__format": "hf"}
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def assert_same_training(left: Path, right: Path, step: int) -> None:
+    """Weights, optimizer state and position at a step are equal, bit for bit."""
+    ours, theirs = (read_tensors(checkpoint(run, step)) for run in (left, right))
+    assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert read_state(checkpoint(left, step))["position"] == read_state(checkpoint(right, step))["position"]
+
+
+def reports(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(run: Path) -> list[dict]:
+    """The reports without what the clock says."""
+    timed = ("tokens_per_second", "waiting", "flops_per_second", "peak_memory")
+    return [{key: value for key, value in report.items() if key not in timed} for report in reports(run)]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder, with time and content."""
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- processes ----
+
+# A server that has imported everything forks each of them: they start at once, and no thread of the tests is in them.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["spectitan.train", "spectitan.evaluate"])
+
+
+def start(program: str, flags: list[str], output: Path, environment: dict[str, str] | None = None, before=None) -> multiprocessing.Process:
+    """A program in a process of its own; its exit status becomes `exitcode`, what it prints goes to a file.
+
+    Args:
+        program: train, evaluate.
+        before: called in that process first, to prepare an accident; a function of a module, or a partial of one.
+    """
+    process = _context.Process(target=_main, args=(program, flags, str(output), environment or {}, before))
+    process.start()
+    return process
+
+
+def _main(program: str, flags: list[str], output: str, environment: dict[str, str], before) -> None:
+    import importlib
+
+    sys.stdout = sys.stderr = open(output, "a", buffering=1, encoding="utf-8")
+    os.environ.update(environment)
+    if before:
+        before()
+    sys.exit(importlib.import_module(f"spectitan.{program}").main(flags))
