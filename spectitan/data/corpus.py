@@ -8,17 +8,16 @@ import os
 import secrets
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from spectitan.config.sections import Data
-from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Document, Found, find_datasets, read_documents, validation_datasets
+from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_datasets, read_documents, validation_datasets
+from spectitan.data.encoding import encoded
 from spectitan.data.overlap import PromptWindows
 from spectitan.data.progress import Progress
 from spectitan.data.prompts import load_prompts
@@ -28,10 +27,7 @@ from spectitan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A longer text is tokenised in pieces, cut at line ends: ids as Python's integers take twenty times the memory of the text.
-PIECE_CHARACTERS = 2**20
-CHUNK_CHARACTERS = 2**18  # documents handed to a thread together
-SETTLED_SECONDS = 60.0
+SETTLED_SECONDS = 60.0  # a file changed more recently might change again without a new time stamp
 
 
 class EmptyDataset(UserError):
@@ -194,16 +190,15 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
     try:
         with Progress(title, dataset.num_bytes()) as progress:
             documents = read_documents(dataset, data, part, found)
-            for document, ids in _encoded(documents, tokenizer, _num_threads(data)):
-                progress.update(document.bytes_read)
-                if len(ids) < 2:
-                    found.dropped["one token" if len(ids) else "empty"] += 1
-                    continue
-                if windows.overlap(ids):
-                    found.dropped["prompt overlap"] += 1
-                    continue
-                writer.add(np.concatenate([begin, ids, end]))
-                num_bytes += len(document.text.encode())
+            with closing(encoded(documents, tokenizer, data.tokenizer_threads)) as texts:
+                for document, ids in texts:
+                    progress.update(document.bytes_read)
+                    reason = _why_dropped(ids, windows)
+                    if reason:
+                        found.dropped[reason] += 1
+                        continue
+                    writer.add(np.concatenate([begin, ids, end]))
+                    num_bytes += len(document.text.encode())
         for name in found.skipped_names:
             logger.warning("data %s: skipped %s (undecodable)", dataset.name, name)
         if writer.documents == 0:
@@ -214,74 +209,14 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
         writer.close()
 
 
+def _why_dropped(ids: np.ndarray, windows: PromptWindows) -> str | None:
+    if len(ids) < 2:
+        return "one token" if len(ids) else "empty"
+    return "prompt overlap" if windows.overlap(ids) else None
+
+
 def _why_empty(dataset: Dataset, data: Data, part: str | None, found: Found) -> str:
     reasons = [f"{count} {reason}" for reason, count in found.dropped.items()]
     if found.other_part:
         reasons.append(f"{found.other_part} {'held out' if part == TRAINING else 'not held out'} (data.holdout = {data.holdout})")
     return f"data {dataset.name}: empty dataset, no {part or 'evaluation'} document in it; its documents: {', '.join(reasons) or 'none'}"
-
-
-def _num_threads(data: Data) -> int:
-    return data.tokenizer_threads if data.tokenizer_threads > 0 else os.cpu_count() or 1
-
-
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents with their ids, uint32 [n], in order. Tokenizers release the interpreter, so threads use all cores without copying text."""
-    waiting: deque = deque()
-    with _one_thread_a_call(), ThreadPoolExecutor(threads) as pool:
-        try:
-            for chunk in _chunks(documents):
-                waiting.append((chunk, pool.submit(_encode_chunk, chunk, tokenizer)))
-                if len(waiting) > 2 * threads:
-                    chunk, ids = waiting.popleft()
-                    yield from zip(chunk, ids.result())
-            while waiting:
-                chunk, ids = waiting.popleft()
-                yield from zip(chunk, ids.result())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents of at most CHUNK_CHARACTERS together; a longer one is a list of its own."""
-    chunk, size = [], 0
-    for document in documents:
-        if chunk and size + len(document.text) > CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(document)
-        size += len(document.text)
-    if chunk:
-        yield chunk
-
-
-def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
-    if len(chunk) == 1:  # perhaps a long text: only one piece of it is held as Python's integers
-        return [np.concatenate([np.array(tokenizer.encode_batch([piece])[0], np.uint32) for piece in _pieces(chunk[0].text)])]
-    return [np.array(ids, np.uint32) for ids in tokenizer.encode_batch([document.text for document in chunk])]
-
-
-def _pieces(text: str) -> list[str]:
-    """The text, cut after line ends into pieces of about PIECE_CHARACTERS; a longer line is cut within."""
-    pieces, start = [], 0
-    while len(text) - start > PIECE_CHARACTERS:
-        line_end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        stop = line_end if line_end > start else start + PIECE_CHARACTERS
-        pieces.append(text[start:stop])
-        start = stop
-    return [*pieces, text[start:]]
-
-
-@contextmanager
-def _one_thread_a_call() -> Iterator[None]:
-    """Keeps `tokenizers` from starting threads of its own beside ours: loader workers that are forked later could hang on them."""
-    variable = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(variable)
-    os.environ[variable] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before

@@ -225,7 +225,8 @@ def _sub_folder(data: Data, name: str, root: Path) -> Path:
 def _dataset(name: str, root: Path, folder: Path, suffixes: tuple[str, ...], excluded: frozenset[str] = frozenset()) -> Dataset:
     """The files of `folder`, or the file that it is. Hidden files and folders are left out, and folders named in `excluded`."""
     if folder.is_file():
-        return Dataset(name, folder.parent, (folder.name,)) if folder == root else Dataset(name, root, (folder.relative_to(root).as_posix(),))
+        root = root if root != folder else folder.parent
+        return Dataset(name, root, (folder.relative_to(root).as_posix(),))
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [entry for entry in folders if not entry.startswith(".") and entry not in excluded]

@@ -68,7 +68,7 @@ class Loader:
         position: samples that whole optimizer steps have consumed over all ranks; with it, build_loader goes on from here.
         samples_per_epoch: samples of all datasets that are used, each once.
         datasets: names, by the number that sample_ids begin with.
-        counts: for each dataset {"documents", "tokens", "bytes", "samples", "held_out", "dropped": {reason: documents}}.
+        counts: for each dataset {"documents", "tokens", "bytes", "samples", "held_out", "dropped": {reason: documents}, "skipped": names}.
         shares: share of each dataset in the samples.
     """
 
@@ -142,9 +142,9 @@ def build_loader(
 
 def _counts(dataset: TokenisedDataset, samples: int) -> dict:
     if dataset.shards is None:
-        return {"documents": 0, "tokens": 0, "bytes": 0, "samples": 0, "held_out": 0, "dropped": {}}
+        return {"documents": 0, "tokens": 0, "bytes": 0, "samples": 0, "held_out": 0, "dropped": {}, "skipped": []}
     meta = dataset.shards.meta
-    return {name: meta[name] for name in ("documents", "tokens", "bytes", "held_out", "dropped")} | {"samples": samples}
+    return {name: meta[name] for name in ("documents", "tokens", "bytes", "held_out", "dropped", "skipped")} | {"samples": samples}
 
 
 def _as_it_is(batch: TokenBatch) -> TokenBatch:

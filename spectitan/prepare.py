@@ -1,0 +1,166 @@
+"""Tokenises the data ahead of training and shows what was found; first makes a tokenizer, if asked to.
+
+    python -m spectitan.prepare --job.config_file train_configs/quickstart.toml
+    python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenizer_vocab_size 4096
+"""
+
+import json
+import logging
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from spectitan import program
+from spectitan.config.manager import Config
+from spectitan.config.sections import Data
+from spectitan.data.corpus import TokenisedDataset, cache_folder, tokenise_held_out
+from spectitan.data.documents import TRAINING, Dataset, Found, find_datasets, read_documents
+from spectitan.data.loader import SAMPLE_BITS, Loader, build_loader
+from spectitan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
+from spectitan.errors import UserError
+from spectitan.models.weights import resolve_base_path
+from spectitan.signals import StopSignal
+from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.types import TokenBatch
+
+logger = logging.getLogger(__name__)
+
+GREEN, END = "\x1b[32m", "\x1b[0m"
+
+
+def prepare(config: Config, stop: StopSignal) -> None:
+    """The program's work."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    base_path = resolve_base_path(config.base.path)
+    if config.prepare.tokenizer_vocab_size > 0:
+        write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
+    tokenizer = load_tokenizer(base_path)
+    loader = build_loader(config.data, tokenizer, seed=config.job.seed, global_batch_size=1, micro_batch_size=1)
+    held_out = tokenise_held_out(config.data, tokenizer)
+    print(table(loader, held_out))
+    print(f"{loader.samples_per_epoch:,} samples of {config.data.seq_length} tokens in an epoch; shards are in {cache_folder(config.data)}")
+    for _ in range(config.prepare.show):
+        print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
+
+
+def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
+    """Trains a byte-level BPE tokenizer on the training part of the data and writes its two files.
+
+    Raises:
+        UserError: the folder has a tokenizer already; the text is too little for so large a vocabulary.
+    """
+    datasets = find_datasets(data)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name} exists: prepare.tokenizer_vocab_size makes a new tokenizer; remove the old one, or set it to 0"
+            )
+    used = [dataset for dataset, weight in zip(datasets, data.weights or [1.0] * len(datasets)) if weight > 0]
+    logger.info("training a tokenizer of %d tokens on %.1f MB", vocab_size, sum(dataset.num_bytes() for dataset in used) / 1e6)
+    content = _in_background(lambda: train_bpe(_texts(used, data), vocab_size))
+    made = len(json.loads(content)["model"]["vocab"])
+    if made < vocab_size:
+        raise UserError(f"prepare.tokenizer_vocab_size = {vocab_size}: the text gives {made} tokens only; allowed: at most that")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    temporary = folder / "tokenizer.json.tmp"
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(folder / "tokenizer.json")
+    logger.info("written: %s", folder / "tokenizer.json")
+
+
+def _texts(datasets: list[Dataset], data: Data) -> Iterator[str]:
+    for dataset in datasets:
+        for document in read_documents(dataset, data, TRAINING, Found()):
+            yield document.text
+
+
+def _in_background(work):
+    """work() in a thread, so that a signal ends the program at once: the library would finish its training first."""
+    results: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    result, error = results.get()
+    if error is not None:
+        raise error
+    return result
+
+
+def table(loader: Loader, held_out: list[TokenisedDataset]) -> str:
+    """One row a dataset: documents, tokens, bytes, share of the samples, held out; below it what was dropped and why."""
+    titles = ("dataset", "documents", "tokens", "bytes", "bytes/token", "samples", "share", "held-out documents", "tokens")
+    rows, notes = [titles], []
+    evaluation = {name: shards.meta for name, shards in held_out}
+    for name, counts in loader.counts.items():
+        rows.append((*_row(name, counts), f"{counts['samples']:,}", f"{loader.shares[name]:.2%}", *_held_out(evaluation.pop(name, None))))
+        notes += [f"{name}: dropped {count:,} ({reason})" for reason, count in sorted(counts["dropped"].items())]
+        notes += [f"{name}: skipped {skipped}" for skipped in counts["skipped"]]
+    rows += [(*_row(f"{name} (evaluation)", meta), "", "", "", "") for name, meta in evaluation.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    return "\n".join(lines + notes)
+
+
+def _row(name: str, counts: dict) -> tuple[str, ...]:
+    tokens = counts["tokens"]
+    return name, f"{counts['documents']:,}", f"{tokens:,}", f"{counts['bytes']:,}", f"{counts['bytes'] / tokens:.3f}" if tokens else "-"
+
+
+def _held_out(meta: dict | None) -> tuple[str, str]:
+    return ("0", "0") if meta is None else (f"{meta['documents']:,}", f"{meta['tokens']:,}")
+
+
+def show_sample(batch: TokenBatch, tokenizer: Tokenizer, datasets: list[str], colour: bool) -> str:
+    """The text of a batch's first sample, document by document, with the tokens marked that training predicts.
+
+    They are green on a terminal; elsewhere the others are put in [[ ]]: the first of each document, and those the mask leaves out.
+    """
+    tokens, mask, documents = (tensor[0] for tensor in batch[:3])
+    follows = torch.cat([torch.zeros(1, dtype=torch.bool), documents[1:] == documents[:-1]])
+    supervised = mask & follows
+    dataset, sample = divmod(int(batch.sample_ids[0]), 1 << SAMPLE_BITS)
+    parts = documents[documents >= 0].unique()
+    lines = [f"--- {datasets[dataset]}, sample {sample}: {len(tokens)} tokens, {int(supervised.sum())} supervised, documents: {len(parts)}"]
+    for document in parts:
+        here = documents == document
+        lines.append(f"--- document of {int(here.sum())} tokens")
+        lines.append(_marked(tokens[here].tolist(), supervised[here].tolist(), tokenizer, colour))
+    return "\n".join(lines)
+
+
+def _marked(ids: list[int], supervised: list[bool], tokenizer: Tokenizer, colour: bool) -> str:
+    decoder, text = StreamDecoder(tokenizer), ""
+    marks = {(True, True): (GREEN, END), (False, False): ("[[", "]]")}
+    runs = [0] + [i for i in range(1, len(ids)) if supervised[i] != supervised[i - 1]] + [len(ids)]
+    for start, stop in zip(runs, runs[1:]):
+        before, after = marks.get((supervised[start], colour), ("", ""))
+        run = decoder.push(ids[start:stop]) + decoder.finish()
+        text += before + "".join(map(_visible, run)) + after
+    return text
+
+
+def _visible(character: str) -> str:
+    """Control characters of the data are not for the terminal."""
+    return character if character.isprintable() or character in "\n\t" else repr(character)[1:-1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program: returns the exit status."""
+    return program.run("prepare", prepare, argv, SPECULATOR_CONFIGS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
