@@ -1,8 +1,8 @@
 """Output head and loss in one: no [N, vocabulary] tensor lives, and gradients are made in the forward.
 
 The rows are walked in chunks. A chunk's logits are overwritten by their own gradient, which at once goes into the gradients
-of hidden states and head; the backward pass only scales those. All chunks use the same buffers: on a CPU, fresh memory of
-that size costs more than the arithmetic on it.
+of hidden states and head; the backward pass only scales those. All chunks use the same memory: on a CPU, fresh memory of that
+size costs more than the arithmetic on it.
 """
 
 from typing import NamedTuple
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 16 << 20
-_ARGMAX_BLOCK = 256
+from spectitan.objectives import row_passes
+from spectitan.objectives.row_passes import Distributions
 
 
 class Teacher(NamedTuple):
-    """Where the target distributions come from: p = softmax(hidden[rows] @ weight.T), computed once per distinct row of a chunk."""
+    """Where target distributions come from: p = softmax(hidden[rows] @ weight.T), computed once for a row that repeats."""
 
-    hidden: Tensor  # [M, d]
+    hidden: Tensor  # [M, d], in the compute dtype
     weight: Tensor  # [V, d]
-    rows: Tensor  # int64 [N], ascending; the host plans by them, so on a GPU keep them on the CPU or it waits for a copy
+    rows: Tensor  # int64 [N], ascending; the host plans by them: on a GPU, keep them on the CPU, or it waits for a copy
 
 
 def fused_linear_loss(
@@ -36,149 +36,126 @@ def fused_linear_loss(
     """sum_n row_weights[n] * loss(hidden[n] @ weight.T), differentiable in hidden and weight.
 
     Args:
-        hidden: [N, w], in the compute dtype. N = 0 gives a total of 0 and gradients of 0.
-        weight: [V, w], in the same dtype. Where it needs no gradient, none is computed.
-        row_weights: [N], without gradient. A row of weight 0 gives no gradient.
-        loss: "ce" against `targets`, or "kl_div", KL(p || q) to the teacher's distribution p.
+        hidden: [N, w], in the compute dtype. N = 0 gives a total and gradients of 0.
+        weight: [V, w], of the same dtype. Frozen, it costs no work on its gradient; under no_grad there is none at all.
+        row_weights: [N], constants. A row of weight 0 has statistics, and exactly no gradient.
+        loss: "ce", against `targets`; or "kl_div", KL(p || q) to the teacher's distribution p.
         targets: int64 [N]; unused by kl_div.
-        teacher: of kl_div; gets no gradient.
-        chunk_rows: rows of logits alive at once; -1: as many as keep a chunk near 16 MB.
+        teacher: of kl_div; constant. Unused by ce.
+        chunk_rows: rows of logits alive at once; -1: as many as use the hardware well, in bounded memory.
 
     Returns:
         total: [], float32 (float64 when computing in float64).
-        row_stats: [N, 3], same dtype, without gradient: loss in nats; correct, 1 where no logit exceeds that of the target
-            (kl_div: of argmax p), so a tie counts as right; alpha, q(target) or sum min(p, q).
+        row_stats: [N, 3], of the same dtype, constants: loss in nats; correct, 1 if no logit is above that of the target
+            (kl_div: of argmax p, the first of equals), so that a tie counts as right; alpha, q(target) or sum min(p, q),
+            the expected acceptance of a token drawn from q (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
     """
     assert loss in ("ce", "kl_div"), loss
-    assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
-    # Inside the Function needs_input_grad stays True under no_grad.
-    wanted = torch.is_grad_enabled()
+    assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
+    wanted = torch.is_grad_enabled()  # asked here, because inside the Function needs_input_grad stays True under no_grad
     if chunk_rows == -1:
-        chunk_rows = max(16, _CHUNK_BYTES // (len(weight) * hidden.element_size()) // 8 * 8)
-    if loss == "ce":
-        teacher = None
+        chunk_rows = _automatic_chunk_rows(weight)
+    teacher = teacher if loss == "kl_div" else None
     return _FusedLinearLoss.apply(
         hidden, weight, row_weights, targets, teacher, chunk_rows, wanted and hidden.requires_grad, wanted and weight.requires_grad
     )
 
 
+def _automatic_chunk_rows(weight: Tensor) -> int:
+    """Each chunk reads and writes the head's whole gradient, so that many rows are needed before arithmetic outweighs that."""
+    # CPU: measured by benchmarks/fused_loss.py. GPU: arithmetic per byte of memory is some ten times as much; not measured.
+    most_rows, most_bytes = (1024, 64 << 20) if weight.device.type == "cpu" else (4096, 1 << 30)
+    return max(8, min(most_rows, most_bytes // (len(weight) * weight.element_size()) // 8 * 8))
+
+
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, row_weights, targets, teacher, chunk_rows, hidden_grad, weight_grad):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         row_weights = row_weights.to(dtype)
         row_stats = torch.empty(len(hidden), 3, dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if hidden_grad else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if weight_grad else None
-        chunks = _Chunks(min(chunk_rows, len(hidden)), weight, dtype, teacher)
+        d_weight = _WideSum(weight, dtype) if weight_grad else None
+        chunks = _Chunks(weight, targets, teacher, min(chunk_rows, len(hidden)), dtype)
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits, row_stats[rows] = chunks.loss(hidden[rows], targets[rows], rows)
-            if not (hidden_grad or weight_grad):
-                continue
-            d_logits = chunks.weigh(logits, row_weights[rows])
+            row_stats[rows], d_logits, scale = chunks.score(hidden[rows], rows)
+            scale *= row_weights[rows, None]
             if hidden_grad:
-                torch.mm(d_logits, weight, out=d_hidden[rows])
+                torch.mm(d_logits, weight, out=d_hidden[rows]).mul_(scale)
             if weight_grad:
-                chunks.add_product(d_weight, d_logits.T, hidden[rows])
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+                d_weight.add_product(d_logits.T, (hidden[rows] * scale).to(weight.dtype))
+        ctx.save_for_backward(d_hidden, d_weight.total.to(weight.dtype) if weight_grad else None)
         ctx.mark_non_differentiable(row_stats)
-        return (row_stats[:, 0] * row_weights).sum(), row_stats
+        return row_stats[:, 0] @ row_weights, row_stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, _):
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * d_total,
-            None if d_weight is None else d_weight * d_total,
-            *[None] * 6,
-        )
+        return *(None if gradient is None else gradient * d_total for gradient in ctx.saved_tensors), *[None] * 6
 
 
 class _Chunks:
-    """The buffers of one call, and what is done in them."""
+    """The logits of one chunk after another, in the same memory, and what becomes of them."""
 
-    def __init__(self, chunk_rows: int, weight: Tensor, dtype: torch.dtype, teacher: Teacher | None):
-        self.weight, self.teacher, self.dtype = weight, teacher, dtype
-        self.product = weight.new_empty(chunk_rows, len(weight))
-        # Statistics need float32: logits of a shorter type are widened into a second buffer.
-        self.logits = self.product if weight.dtype == dtype else torch.empty_like(self.product, dtype=dtype)
+    def __init__(self, weight: Tensor, targets: Tensor, teacher: Teacher | None, chunk_rows: int, dtype: torch.dtype):
+        self.weight, self.targets, self.teacher = weight, targets[:, None], teacher
+        self.logits = weight.new_empty(chunk_rows, len(weight))
+        # Row passes go by blocks of a million logits, which stay in a CPU's cache. A GPU takes the chunk at once.
+        self.block_rows = max(1, min(chunk_rows, (1 << 20) // len(weight) if weight.device.type == "cpu" else chunk_rows))
+        self.wide = self._scratch(self.block_rows, dtype) if weight.dtype != dtype else None
         if teacher is not None:
             self.teacher_rows = teacher.rows.cpu()
-            self.teacher_product, self.p = torch.empty_like(self.product), torch.empty_like(self.logits)
-            self.teacher_p = self.teacher_product if weight.dtype == dtype else torch.empty_like(self.p)
-        self.weight_product = None
+            self.teacher_logits = self._scratch(chunk_rows, dtype)
+            self.p, self.scratch = self._scratch(self.block_rows, dtype), self._scratch(self.block_rows, dtype)
 
-    def _matmul(self, hidden: Tensor, weight: Tensor, product: Tensor, logits: Tensor) -> Tensor:
-        torch.mm(hidden, weight.T, out=product[: len(hidden)])
-        if product is not logits:
-            logits[: len(hidden)].copy_(product[: len(hidden)])
-        return logits[: len(hidden)]
+    def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return self.logits.new_empty(rows, len(self.weight), dtype=dtype)
 
-    def loss(self, hidden: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The gradient on a chunk's logits, q - onehot or q - p, and its row_stats."""
-        if self.teacher is None:
-            logits = self._matmul(hidden, self.weight, self.product, self.logits)
-            return logits, _ce(logits, targets)
-        distinct, place = torch.unique_consecutive(self.teacher_rows[rows], return_inverse=True)
-        distinct, place = (index.to(hidden.device, non_blocking=True) for index in (distinct, place))
-        p = self._matmul(self.teacher.hidden[distinct], self.teacher.weight, self.teacher_product, self.teacher_p)
-        best = _argmax(p)
-        log_p = torch.log_softmax(p, 1, out=self.p[: len(p)])
-        torch.exp(log_p, out=p)
-        negative_entropy = _row_dot(p, log_p)
-        if len(p) != len(hidden):
-            p = torch.index_select(p, 0, place, out=self.p[: len(hidden)])
-        logits = self._matmul(hidden, self.weight, self.product, self.logits)
-        return logits, _kl_div(logits, p, negative_entropy[place], best[place])
+    def score(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """row_stats of a chunk; d_logits [rows, V] and scale [rows, 1], whose product is the gradient on its logits."""
+        if self.teacher is not None:
+            distributions, place = self._distributions(self.teacher_rows[rows])
+        logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
+        targets = self.targets[rows]
+        results = []
+        for block in self._blocks(len(logits)):
+            wide = logits[block] if self.wide is None else self.wide[: block.stop - block.start].copy_(logits[block])
+            if self.teacher is None:
+                results.append(row_passes.ce(wide, targets[block]))
+            else:
+                p = distributions.select(place[block], self.p[: len(wide)])
+                results.append(row_passes.kl_div(wide, p, self.scratch[: len(wide)]))
+            if self.wide is not None:
+                logits[block] = wide
+        row_stats, scale = (torch.cat(parts) for parts in zip(*results))
+        return row_stats, logits, scale
 
-    def weigh(self, d_logits: Tensor, row_weights: Tensor) -> Tensor:
-        """d_logits times row_weights, in the compute dtype."""
-        return torch.mul(d_logits, row_weights[:, None], out=self.product[: len(d_logits)])
+    def _distributions(self, teacher_rows: Tensor) -> tuple[Distributions, Tensor]:
+        """Of the distinct rows among teacher_rows; and the place of each row among them."""
+        distinct, place = torch.unique_consecutive(teacher_rows, return_inverse=True)
+        hidden = self.teacher.hidden[distinct.to(self.logits.device, non_blocking=True)]
+        wide = self.teacher_logits[: len(hidden)]
+        logits = torch.mm(hidden, self.teacher.weight.T, out=wide if self.wide is None else self.logits[: len(hidden)])
+        if self.wide is not None:
+            wide.copy_(logits)
+        blocks = [row_passes.distributions(wide[block], self.scratch[: block.stop - block.start]) for block in self._blocks(len(wide))]
+        columns = (torch.cat(parts) for parts in list(zip(*blocks))[1:])
+        return Distributions(wide, *columns), place.to(self.logits.device, non_blocking=True)
 
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """total += left @ right, with a total that may be wider."""
-        if total.dtype == right.dtype:
-            total.addmm_(left, right)
-            return
-        if self.weight_product is None:
-            self.weight_product = torch.empty_like(self.weight)
-        total.add_(torch.mm(left, right, out=self.weight_product))
-
-
-def _ce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Overwrites logits by q - onehot; returns row_stats."""
-    log_q = torch.log_softmax(logits, 1, out=logits)
-    target = log_q.gather(1, targets[:, None])
-    correct = target >= log_q.amax(1, keepdim=True)
-    q = log_q.exp_()
-    q.scatter_add_(1, targets[:, None], -torch.ones_like(target))
-    return torch.cat([-target, correct.to(target.dtype), target.exp()], 1)
+    def _blocks(self, rows: int) -> list[slice]:
+        return [slice(start, min(start + self.block_rows, rows)) for start in range(0, rows, self.block_rows)]
 
 
-def _kl_div(logits: Tensor, p: Tensor, negative_entropy: Tensor, best: Tensor) -> Tensor:
-    """Overwrites logits by q - p; returns row_stats."""
-    log_q = torch.log_softmax(logits, 1, out=logits)
-    loss = negative_entropy - _row_dot(p, log_q)
-    correct = log_q.gather(1, best[:, None])[:, 0] >= log_q.amax(1)
-    difference = log_q.exp_().sub_(p)
-    alpha = 1 - torch.linalg.vector_norm(difference, 1, 1) / 2  # sum min(p, q), for both sum to 1
-    return torch.stack([loss, correct.to(loss.dtype), alpha], 1)
+class _WideSum:
+    """A sum of matrix products, of the shape of `like`, in a dtype that may be wider than the products'."""
 
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self.total = torch.zeros_like(like, dtype=dtype)
+        self.product = torch.empty_like(like) if like.dtype != dtype else None
 
-def _row_dot(left: Tensor, right: Tensor) -> Tensor:
-    """[rows, V], [rows, V] -> [rows], without a product of that size in between."""
-    return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """argmax(1), the first of equals; by blocks, because amax is many times faster than argmax on a CPU."""
-    rows, columns = logits.shape
-    whole = columns // _ARGMAX_BLOCK * _ARGMAX_BLOCK
-    blocks = logits[:, :whole].unflatten(1, (-1, _ARGMAX_BLOCK)).amax(2)
-    if whole < columns:
-        blocks = torch.cat([blocks, logits[:, whole:].amax(1, keepdim=True)], 1)
-    first = blocks.argmax(1, keepdim=True) * _ARGMAX_BLOCK
-    inside = (first + torch.arange(_ARGMAX_BLOCK, device=logits.device)).clamp_max(columns - 1)
-    return (first + logits.gather(1, inside).argmax(1, keepdim=True))[:, 0]
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        if self.product is None:
+            self.total.addmm_(left, right)
+        else:
+            self.total.add_(torch.mm(left, right, out=self.product))
