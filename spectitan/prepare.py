@@ -1,7 +1,8 @@
-"""Tokenises the data ahead of training and shows what was found; first makes a tokenizer, if asked to.
+"""Tokenises the data ahead of training and shows what was found; makes a tokenizer or evaluation prompts, if asked to.
 
     python -m spectitan.prepare --job.config_file train_configs/quickstart.toml
     python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenizer_vocab_size 4096
+    python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
 """
 
 import json
@@ -18,7 +19,8 @@ from spectitan import program
 from spectitan.config.manager import Config
 from spectitan.config.sections import Data
 from spectitan.data.corpus import TokenisedDataset, cache_folder, tokenise_held_out
-from spectitan.data.documents import TRAINING, Dataset, Found, find_datasets, read_documents
+from spectitan.data.cut_prompts import cut_prompts
+from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_datasets, read_documents, validation_datasets
 from spectitan.data.loader import SAMPLE_BITS, Loader, build_loader
 from spectitan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
 from spectitan.errors import UserError
@@ -39,6 +41,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
     if config.prepare.tokenizer_vocab_size > 0:
         write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
     tokenizer = load_tokenizer(base_path)
+    if config.prepare.num_prompts > 0:
+        write_prompts(config, tokenizer)
     loader = build_loader(config.data, tokenizer, seed=config.job.seed, global_batch_size=1, micro_batch_size=1)
     held_out = tokenise_held_out(config.data, tokenizer)
     print(table(loader, held_out))
@@ -71,6 +75,31 @@ def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(folder / "tokenizer.json")
     logger.info("written: %s", folder / "tokenizer.json")
+
+
+def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """Cuts evaluation prompts from the held-out text and writes the file that `eval.prompts` names.
+
+    Raises:
+        UserError: the file exists, or ships with the package; there is no held-out text, or too little.
+    """
+    path, count = Path(config.eval.prompts), config.prepare.num_prompts
+    if path.exists() or config.eval.prompts in ("none", "") or config.eval.prompts.startswith("spectitan:"):
+        raise UserError(f"eval.prompts = {config.eval.prompts!r}: prepare.num_prompts writes a new file; allowed: a path where there is none")
+    datasets, part = validation_datasets(config.data), None if config.data.val_path else HELD_OUT
+    if part and not config.data.holdout:
+        raise UserError("prepare.num_prompts cuts prompts from held-out text: set data.holdout or data.val_path")
+    documents = (
+        document._replace(source=document.source.removeprefix(f"{dataset.root}/"))
+        for dataset in datasets
+        for document in read_documents(dataset, config.data, part, Found())
+    )
+    content = cut_prompts(documents, tokenizer, count, config.job.seed)
+    found = content.count("\n")
+    if found < count:
+        raise UserError(f"prepare.num_prompts = {count}: the held-out text gives {found} only; allowed: at most that")
+    path.write_text(content, encoding="utf-8")
+    logger.info("written: %s, %d prompts", path, count)
 
 
 def _texts(datasets: list[Dataset], data: Data) -> Iterator[str]:

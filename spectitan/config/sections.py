@@ -182,6 +182,7 @@ class Prepare:
     tokenizer_vocab_size: int = key(
         0, "train a byte-level BPE tokenizer of this size on the data and write it into base.path; 0: use the one there", minimum=0
     )
+    num_prompts: int = key(0, "cut this many evaluation prompts from the held-out text and write them to eval.prompts; 0: none", minimum=0)
 
 
 @dataclass
