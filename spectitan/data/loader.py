@@ -24,23 +24,24 @@ SAMPLE_BITS = 40  # sample_ids: (dataset << SAMPLE_BITS) + sample
 class MicroBatches(Dataset):
     """TokenBatch of samples i .. i + micro_batch_size - 1 of the global order, for any i."""
 
-    def __init__(self, datasets: list[PackedDataset | None], order: SampleOrder, micro_batch_size: int):
-        self._datasets, self._order, self._micro_batch_size = datasets, order, micro_batch_size
+    def __init__(self, datasets: list[PackedDataset | None], order: SampleOrder, micro_batch_size: int, seq_length: int):
+        self._datasets, self._order, self._micro_batch_size, self._seq_length = datasets, order, micro_batch_size, seq_length
 
     def __getitem__(self, first: int) -> TokenBatch:
         index = range(first, first + self._micro_batch_size)
-        return collate(self._datasets, [self._order[i] for i in index], index)
+        return collate(self._datasets, [self._order[i] for i in index], index, self._seq_length)
 
 
-def collate(datasets: list[PackedDataset | None], places: list[Place], index: range) -> TokenBatch:
+def collate(datasets: list[PackedDataset | None], places: list[Place], index: range, seq_length: int) -> TokenBatch:
     """The samples at `places` as a batch; document ids are made unique in it."""
-    samples = [datasets[place.dataset][place.sample] for place in places]
-    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-    documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+    tokens, documents = np.empty((2, len(places), seq_length), np.int64)
+    for row, place in enumerate(places):
+        datasets[place.dataset].read_into(place.sample, tokens[row], documents[row])
     is_token = documents >= 0
-    first_ids = torch.arange(len(places))[:, None] * tokens.shape[1]
-    sample_ids = torch.tensor([(place.dataset << SAMPLE_BITS) + place.sample for place in places], dtype=torch.int64)
-    return TokenBatch(tokens, is_token, torch.where(is_token, documents + first_ids, -1), torch.tensor(index), sample_ids)
+    documents += np.where(is_token, np.arange(len(places))[:, None] * seq_length, 0)
+    sample_ids = [(place.dataset << SAMPLE_BITS) + place.sample for place in places]
+    rows = (tokens, is_token, documents, np.array(index, np.int64), np.array(sample_ids, np.int64))
+    return TokenBatch(*map(torch.from_numpy, rows))
 
 
 class PositionSampler(Sampler[int]):
@@ -91,7 +92,7 @@ class Loader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata calls it, new PyTorch warns
             batches = StatefulDataLoader(
-                MicroBatches(packed, order, micro_batch_size),
+                MicroBatches(packed, order, micro_batch_size, data.seq_length),
                 batch_size=None,
                 sampler=PositionSampler(position, global_batch_size, micro_batch_size, rank, world_size),
                 num_workers=data.loader_workers,

@@ -13,8 +13,8 @@ import numpy as np
 from spectitan.keyed_random import hash_keys
 
 _MASK = 2**64 - 1
-_ROUNDS = 6
-# Odd constants of splitmix64 (Steele, Lea, Flood 2014): one step between rounds, one to mix bits.
+_ROUNDS = 3
+# Odd constants of splitmix64 (Steele, Lea, Flood 2014).
 _STEP, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
@@ -24,32 +24,40 @@ class Place(NamedTuple):
 
 
 def permuted(i, size: int, key: int):
-    """Where a pseudo-random bijection of range(size) sends i: a Feistel network, walked until it lands in the range.
+    """Where a pseudo-random bijection of range(size) sends i: a Feistel network over the next power of two, walked into the range.
 
     Args:
         i: int, or uint64 array; each below size.
         key: int below 2**64 that chooses the bijection.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits of each of the two halves; 4**half < 4 * size
-    i = _encrypted(i, half, key)
+    bits = max(2, (size - 1).bit_length())
+    i = _encrypted(i, bits, key)
     if isinstance(i, int):
         while i >= size:
-            i = _encrypted(i, half, key)
+            i = _encrypted(i, bits, key)
         return i
     while (outside := np.flatnonzero(i >= size)).size:
-        i[outside] = _encrypted(i[outside], half, key)
+        i[outside] = _encrypted(i[outside], bits, key)
     return i
 
 
-def _encrypted(i, half: int, key: int):
-    """The same arithmetic for Python's integers and for uint64 arrays, which wrap where those are masked."""
-    mask = (1 << half) - 1
-    left, right = i >> half, i & mask
-    for number in range(_ROUNDS):
-        mixed = ((right + ((key + number * _STEP) & _MASK)) * _MIX) & _MASK
-        mixed = ((mixed ^ (mixed >> 29)) * _STEP) & _MASK
-        left, right = right, left ^ ((mixed >> 32) & mask)
-    return left << half | right
+def _encrypted(i, bits: int, key: int):
+    """A bijection of range(2**bits): each half in turn is changed by a hash of the other."""
+    low = bits // 2
+    high = bits - low
+    left, right = i >> low, i & ((1 << low) - 1)
+    for _ in range(_ROUNDS):
+        left = left ^ _hashed(right, key) >> (64 - high)
+        key = (key + _STEP) & _MASK
+        right = right ^ _hashed(left, key) >> (64 - low)
+        key = (key + _STEP) & _MASK
+    return left << low | right
+
+
+def _hashed(x, key: int):
+    """64 bits from x and a key; the same arithmetic for Python's integers and for uint64 arrays, which wrap where those are masked."""
+    x = ((x ^ key) * _MIX) & _MASK
+    return ((x ^ (x >> 32)) * _STEP) & _MASK
 
 
 class SampleOrder:

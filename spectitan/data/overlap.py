@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -47,16 +48,16 @@ def count_overlap(corpus: Iterable[Shards], prompts: Iterable[Sequence[int]]) ->
     Checks the filter by other means: each window of 64 holds one of the prompt's 32-token blocks (those from places 0, 32, 64, ...),
     so the files are searched for the bytes of every block, and a hit is compared to both sides.
     """
-    corpus = list(corpus)
-    return sum(any(_file_has(tokens, prompt) for shards in corpus for tokens in shards.tokens) for prompt in map(list, prompts))
+    files = [(path, tokens) for shards in corpus for path, tokens in zip(shards.token_files, shards.tokens)]
+    return sum(any(_file_has(path, tokens, list(prompt)) for path, tokens in files) for prompt in prompts)
 
 
-def _file_has(tokens: np.memmap, prompt: list[int]) -> bool:
+def _file_has(path: Path, tokens: np.ndarray, prompt: list[int]) -> bool:
     limit = np.iinfo(tokens.dtype).max
     if len(prompt) < WINDOW or max(prompt) > limit:
         return False
     ids = np.asarray(prompt, dtype=tokens.dtype)
-    with open(tokens.filename, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for start in range(0, len(ids) - _HALF + 1, _HALF):
             block = ids[start : start + _HALF].tobytes()
             found = content.find(block)

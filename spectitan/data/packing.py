@@ -1,15 +1,8 @@
 """Samples by concatenation: the documents of a dataset, in their fixed order, as one stream that is cut every seq_length tokens."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from spectitan.data.shards import Shards
-
-
-class Sample(NamedTuple):
-    tokens: np.ndarray  # int64 [seq_length]; 0 in the padding
-    documents: np.ndarray  # int64 [seq_length]; 0, 1, 2, ... for the parts of documents in it, -1 in the padding
 
 
 class PackedDataset:
@@ -25,12 +18,11 @@ class PackedDataset:
     def __len__(self) -> int:
         return -(-self._shards.num_tokens // self._seq_length)
 
-    def __getitem__(self, sample: int) -> Sample:
-        shards, seq_length = self._shards, self._seq_length
-        begin = sample * seq_length
-        end = min(begin + seq_length, shards.num_tokens)
-        tokens = np.zeros(seq_length, np.int64)
-        documents = np.full(seq_length, -1, np.int64)
+    def read_into(self, sample: int, tokens: np.ndarray, documents: np.ndarray) -> None:
+        """Fills int64 [seq_length] arrays: the ids, 0 in the padding; and 0, 1, 2, ... for the parts of documents, -1 in the padding."""
+        shards = self._shards
+        begin = sample * self._seq_length
+        end = min(begin + self._seq_length, shards.num_tokens)
         row = int(np.searchsorted(shards.stream, begin, side="right")) - 1
         position, ordinal = begin, 0
         while position < end:
@@ -41,4 +33,5 @@ class PackedDataset:
             tokens[filled] = shards.read(offset, offset + length)
             documents[filled] = ordinal
             position, row, ordinal = position + length, row + 1, ordinal + 1
-        return Sample(tokens, documents)
+        tokens[end - begin :] = 0
+        documents[end - begin :] = -1

@@ -112,8 +112,11 @@ class SentencePieceTokenizer(Tokenizer):
             from sentencepiece import SentencePieceProcessor
         except ImportError:
             raise UserError(f"{path}: reading it needs the package sentencepiece (pip install sentencepiece)") from None
+        content = path.read_bytes()
         try:
-            self._backend = SentencePieceProcessor(model_proto=path.read_bytes())
+            if not content:  # the library takes this for "no model yet"
+                raise RuntimeError
+            self._backend = SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise UserError(f"{path}: neither a sentencepiece model nor a tiktoken file") from None
         self.vocab_size = self._backend.vocab_size()

@@ -27,4 +27,4 @@ def build_validation(data: Data, tokenizer: Tokenizer, num_samples: int, micro_b
     sizes = [len(samples) for samples in packed]
     order, num_samples = SampleOrder(sizes, None, _SEED), min(num_samples, sum(sizes))
     batches = [range(first, min(first + micro_batch_size, num_samples)) for first in range(0, num_samples, micro_batch_size)]
-    return [collate(packed, [order[i] for i in index], index) for index in batches]
+    return [collate(packed, [order[i] for i in index], index, data.seq_length) for index in batches]
