@@ -1,9 +1,6 @@
 """A base model, text and configuration small enough to train in a second, for tests of whole programs."""
 
 import json
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,32 +130,3 @@ def learned(run: Path) -> list[dict]:
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below a folder, with time and content."""
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
-
-
-# ---- processes ----
-
-# A server that has imported everything forks each of them: they start at once, and no thread of the tests is in them.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["spectitan.train", "spectitan.evaluate"])
-
-
-def start(program: str, flags: list[str], output: Path, environment: dict[str, str] | None = None, before=None) -> multiprocessing.Process:
-    """A program in a process of its own; its exit status becomes `exitcode`, what it prints goes to a file.
-
-    Args:
-        program: train, evaluate.
-        before: called in that process first, to prepare an accident; a function of a module, or a partial of one.
-    """
-    process = _context.Process(target=_main, args=(program, flags, str(output), environment or {}, before))
-    process.start()
-    return process
-
-
-def _main(program: str, flags: list[str], output: str, environment: dict[str, str], before) -> None:
-    import importlib
-
-    sys.stdout = sys.stderr = open(output, "a", buffering=1, encoding="utf-8")
-    os.environ.update(environment)
-    if before:
-        before()
-    sys.exit(importlib.import_module(f"spectitan.{program}").main(flags))

@@ -1,0 +1,96 @@
+"""Programs in processes of their own, which start at once, and accidents to happen in them."""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# A server that has imported everything forks each process: no thread of the tests is in them, no import is waited for.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.integration.processes", "spectitan.train", "torch._dynamo", "torch._inductor.config"])
+
+
+def start(program: str, flags: list[str], output: Path, environment: dict[str, str] | None = None, before=None) -> multiprocessing.Process:
+    """Starts a program. Its exit status becomes the process's `exitcode`, what it prints goes to the end of a file.
+
+    Args:
+        program: train, evaluate, ...
+        before: called in the process first: one of the accidents below, or a partial of one.
+    """
+    process = _context.Process(target=_main, args=(program, flags, str(output), environment or {}, before))
+    process.start()
+    return process
+
+
+def _main(program: str, flags: list[str], output: str, environment: dict[str, str], before) -> None:
+    sys.stdout = sys.stderr = open(output, "a", buffering=1, encoding="utf-8")
+    os.environ.update(environment)
+    if before:
+        before()
+    sys.exit(importlib.import_module(f"spectitan.{program}").main(flags))
+
+
+def wait_for(condition, process, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.005)
+
+
+# ---- accidents ----
+
+
+def kill_at(module: str, function: str, call: int, after: bool = False) -> None:
+    """The process will be killed (kill -9) when it calls a function of a module for the nth time, or when that call returns."""
+    owner, _, name = function.rpartition(".")
+    holder = importlib.import_module(module)
+    holder = getattr(holder, owner) if owner else holder
+    original, calls = getattr(holder, name), []
+
+    def accident(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, name, accident)
+
+
+def slow_steps(seconds: float) -> None:
+    """Every optimizer step takes so much longer."""
+    from spectitan import train
+
+    original = train.step_if_finite
+
+    def step(*args):
+        time.sleep(seconds)
+        original(*args)
+
+    train.step_if_finite = step
+
+
+def slow_tokenising() -> None:
+    """Every document takes half a second."""
+    from spectitan.data import corpus
+    from spectitan.data.tokenizer import JsonTokenizer
+
+    original = JsonTokenizer.encode_batch
+
+    def encode_batch(self, texts):
+        time.sleep(0.5)
+        return original(self, texts)
+
+    JsonTokenizer.encode_batch, corpus.CHUNK_CHARACTERS = encode_batch, 1
+
+
+def slow_evaluation() -> None:
+    """Drafting and verifying take a minute."""
+    from spectitan.decoding import acceptance
+
+    acceptance.decode_all = lambda *args: time.sleep(60)

@@ -1,0 +1,255 @@
+"""Runs that are killed, stopped, continued, started anew: what they end with is what an uninterrupted run ends with."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from spectitan import train
+from tests.integration import processes, tiny
+from tests.integration.processes import wait_for
+
+STEPS = 13
+RUN = {"training__num_steps": STEPS, "checkpoint__interval": 4, "checkpoint__keep_latest_k": 0, "metrics__report_interval": 3}
+RUN |= {"eval__at_end": "false", "export__format": "none"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tiny.Tiny:
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> Path:
+    """The folder of a run that nothing interrupted."""
+    assert train.main(world.flags(world.root / "whole", **RUN)) == 0
+    return world.root / "whole"
+
+
+def assert_as_uninterrupted(run: Path, whole: Path) -> None:
+    tiny.assert_same_training(run, whole, STEPS)
+    assert tiny.learned(run) == tiny.learned(whole)
+
+
+@pytest.fixture
+def logged(caplog):
+    caplog.set_level("INFO", logger="spectitan")
+    return caplog
+
+
+# ---- killed ----
+
+
+CHECKPOINT = "spectitan.training.checkpoint"
+ACCIDENTS = [
+    ("spectitan.train", "step_if_finite", 3),  # before there is any checkpoint
+    (CHECKPOINT, "_write_tensors", 1),
+    (CHECKPOINT, "_write_tensors", 1, True),
+    (CHECKPOINT, "write_json", 1),  # of state.json
+    (CHECKPOINT, "write_json", 2),  # of manifest.json
+    (CHECKPOINT, "sync_folder", 1),  # before it gets its name
+    (CHECKPOINT, "sync_folder", 2),  # after
+    ("spectitan.train", "MetricsLogger.report", 1, True),  # reports that the checkpoint does not know
+    ("spectitan.train", "step_if_finite", 2, True),
+    (CHECKPOINT, "Checkpointer._prune", 1),
+]
+
+
+def test_kill_9_anywhere_in_a_step_or_a_checkpoint(world, whole, tmp_path):
+    flags = world.flags(tmp_path / "run", **RUN)
+    for accident in ACCIDENTS:
+        process = processes.start("train", flags, tmp_path / "output", before=partial(processes.kill_at, *accident))
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, (accident, (tmp_path / "output").read_text())
+    assert train.main(flags) == 0
+    assert_as_uninterrupted(tmp_path / "run", whole)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_kill_9_at_a_random_time(world, whole, tmp_path):
+    flags = world.flags(tmp_path / "run", **RUN)
+    seed = time.time_ns()
+    delay = random.Random(seed)
+    for _ in range(4):
+        process = processes.start("train", flags, tmp_path / "output")
+        process.join(delay.uniform(0, 1.2))
+        process.kill()
+        process.join(60)
+        assert process.exitcode in (-signal.SIGKILL, 0), (seed, (tmp_path / "output").read_text())
+    assert train.main(flags) == 0, seed
+    assert_as_uninterrupted(tmp_path / "run", whole)
+
+
+# ---- stopped ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_saves_the_step_in_hand(world, whole, tmp_path, number):
+    flags, run = world.flags(tmp_path / "run", **RUN | {"checkpoint__interval": 100}), tmp_path / "run"
+    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.06))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 2, process)
+    os.kill(process.pid, number)
+    process.join(30)
+    output = (tmp_path / "output").read_text()
+    assert process.exitcode == 128 + number, output
+    assert output.splitlines()[-1] == f"spectitan.train: stopped by {number.name}" and "Traceback" not in output
+    (saved,) = (run / "checkpoints").iterdir()
+    assert 6 <= int(saved.name[-8:]) <= 8  # one more step may have been in hand
+    assert train.main(flags) == 0
+    assert_as_uninterrupted(run, whole)
+
+
+def test_usr1_saves_at_once_and_training_goes_on(world, whole, tmp_path):
+    flags, run = world.flags(tmp_path / "run", **RUN | {"checkpoint__interval": 100}), tmp_path / "run"
+    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.06))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 1, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(30)
+    assert process.exitcode == 0
+    steps = sorted(int(path.name[-8:]) for path in (run / "checkpoints").iterdir())
+    assert len(steps) == 2 and 3 <= steps[0] <= 6 and steps[1] == STEPS
+    assert_as_uninterrupted(run, whole)
+
+
+def test_a_stop_while_tokenising(world, tmp_path):
+    flags = world.flags(tmp_path / "run", **RUN, data__tokenizer_threads=1, data__cache_dir=tmp_path / "cache")
+    process = processes.start("train", flags, tmp_path / "output", before=processes.slow_tokenising)
+    wait_for(lambda: list((tmp_path / "cache").glob("*.tmp")), process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(4)  # tokenising all of it would take longer
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_stop_while_evaluating_leaves_a_run_that_is_evaluated_later(world, whole, tmp_path, logged):
+    shutil.copytree(whole, tmp_path / "run")
+    flags = world.flags(tmp_path / "run", **RUN | {"eval__at_end": "true", "export__format": "auto"})
+    process = processes.start("train", flags, tmp_path / "output", before=processes.slow_evaluation)
+    wait_for(lambda: (tmp_path / "output").exists() and "finished" in (tmp_path / "output").read_text(), process)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "report.json").exists() and not (tmp_path / "run" / "export").exists()
+
+    assert train.main(flags) == 0
+    assert "this run is finished" in logged.text
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["step"] == STEPS
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    done = tiny.contents(tmp_path / "run")
+    assert train.main(flags) == 0
+    now = tiny.contents(tmp_path / "run")
+    assert {name for name in now if now[name] != done.get(name)} == {"config.toml"} and now.keys() == done.keys()
+    assert now["config.toml"][1] == done["config.toml"][1]
+
+
+# ---- continued, started anew ----
+
+
+def test_never_moves_the_old_folder_aside(world, whole, tmp_path, logged):
+    shutil.copytree(whole, tmp_path / "run")
+    before = tiny.contents(tmp_path / "run")
+    assert train.main(world.flags(tmp_path / "run", **RUN, checkpoint__resume="never", job__seed=7)) == 0
+    assert tiny.contents(tmp_path / "run.1") == before
+    assert f"the folder of an earlier run is now {tmp_path / 'run.1'}" in logged.text
+    assert tiny.reports(tmp_path / "run")[0]["sample_hash"] != tiny.reports(whole)[0]["sample_hash"]
+    assert [report["step"] for report in tiny.reports(tmp_path / "run")] == [3, 6, 9, 12, 13]
+
+
+def test_more_steps_continue_a_finished_run(world, tmp_path):
+    constant = RUN | {"lr_scheduler__type": "constant", "lr_scheduler__warmup_steps": 0}
+    assert train.main(world.flags(tmp_path / "long", **constant)) == 0
+    for steps in (5, STEPS):
+        assert train.main(world.flags(tmp_path / "grown", **constant | {"training__num_steps": steps})) == 0
+    tiny.assert_same_training(tmp_path / "grown", tmp_path / "long", STEPS)
+    assert [report["step"] for report in tiny.reports(tmp_path / "grown")] == [3, 5, 6, 9, 12, 13]
+
+
+def test_load_path_starts_from_another_runs_checkpoint(world, whole, tmp_path, logged):
+    before = tiny.contents(whole)
+    flags = world.flags(tmp_path / "run", **RUN, checkpoint__load_path=tiny.checkpoint(whole, 8))
+    assert train.main(flags) == 0
+    tiny.assert_same_training(tmp_path / "run", whole, STEPS)
+    assert tiny.learned(tmp_path / "run") == tiny.learned(whole)[2:]
+    assert tiny.contents(whole) == before
+    assert train.main(flags) == 0  # its own checkpoint counts now
+    assert f"resumed from {tiny.checkpoint(tmp_path / 'run', STEPS)}" in logged.text
+
+
+def test_what_may_change_is_logged(world, whole, tmp_path, logged):
+    flags = world.flags(tmp_path / "run", **RUN, checkpoint__load_path=tiny.checkpoint(whole, 8), optimizer__lr=0.02)
+    assert train.main([*flags, "--training.micro_batch_size=4"]) == 0
+    assert "optimizer.lr: 0.01 -> 0.02" in logged.text and "training.micro_batch_size: 2 -> 4" in logged.text
+    assert tiny.reports(tmp_path / "run")[-1]["lr"] == 2 * tiny.reports(whole)[-1]["lr"]
+
+
+@pytest.fixture(scope="module")
+def other_base(world) -> Path:
+    """A base of the same shape with one number changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(world.root / "base", world.root / "other_base")
+    tensors = load_file(world.root / "base" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][20, 3] += 1
+    save_file(tensors, world.root / "other_base" / "model.safetensors")
+    return world.root / "other_base"
+
+
+CHANGES = {
+    "speculator.speculator_width": 16,
+    "speculator.n_speculator_heads": 2,
+    "speculator.scale_input": "false",
+    "data.path": "{root}/data/../data",
+    "data.seq_length": 30,
+    "training.global_batch_size": 8,
+    "job.seed": 43,
+    "base.identity": None,
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_another_run_is_refused_by_key(world, whole, other_base, capsys, key):
+    value = str(CHANGES[key]).format(root=world.root)
+    flag = f"--{key}={value}" if CHANGES[key] else f"--base.path={other_base}"
+    before = tiny.contents(whole)
+    assert train.main([*world.flags(whole, **RUN), flag]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{key} was " in line and "checkpoint.resume = never" in line
+    assert tiny.contents(whole) == before
+
+
+def damage(checkpoint: Path) -> None:
+    file = next(checkpoint.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_broken_checkpoint_falls_back_and_all_broken_is_an_error(world, whole, tmp_path, logged, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in (STEPS, 12, 8):
+        damage(tiny.checkpoint(run, step))
+    assert train.main(world.flags(run, **RUN)) == 0
+    warnings = [record.getMessage() for record in logged.records if record.levelname == "WARNING"]
+    assert [step for step in (STEPS, 12, 8, 4) if any(str(tiny.checkpoint(run, step)) in line for line in warnings)] == [STEPS, 12, 8]
+    assert_as_uninterrupted(run, whole)
+
+    for checkpoint in (run / "checkpoints").iterdir():
+        damage(checkpoint)
+    before = tiny.contents(run)
+    capsys.readouterr()
+    assert train.main(world.flags(run, **RUN)) == 2
+    assert "all 4 checkpoints are broken" in capsys.readouterr().err
+    assert tiny.contents(run) == before
+
+
+def test_only_the_latest_checkpoints_are_kept(world, tmp_path):
+    assert train.main(world.flags(tmp_path / "run", **RUN | {"checkpoint__keep_latest_k": 2, "checkpoint__interval": 2})) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000012", "step-00000013"]
