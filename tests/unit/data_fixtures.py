@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from spectitan.config.sections import Data
 from spectitan.data.tokenizer import Tokenizer, train_bpe
 
@@ -17,7 +19,7 @@ class ByteTokenizer(Tokenizer):
         self.bos_id, self.eos_id = bos_id, eos_id
 
     def encode_batch(self, texts):
-        return [[byte + 2 for byte in text.encode()] for text in texts]
+        return [(np.frombuffer(text.encode(), np.uint8).astype(int) + 2).tolist() for text in texts]
 
     def decode(self, ids):
         return bytes(i - 2 for i in ids if i >= 2).decode(errors="replace")
@@ -25,7 +27,7 @@ class ByteTokenizer(Tokenizer):
 
 def text(number: int, words: int = 40) -> str:
     """Different for each number; as many words as asked for."""
-    return f"{number} " + " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(words))
+    return f"{number} " + " ".join(WORDS[((number + 1) * (i + 1) * 2654435761 >> 9) % len(WORDS)] for i in range(words))
 
 
 def write_texts(folder: Path, texts: dict[str, str | bytes]) -> Path:
