@@ -33,7 +33,7 @@ def _main(program: str, flags: list[str], output: str, environment: dict[str, st
     sys.exit(importlib.import_module(f"spectitan.{program}").main(flags))
 
 
-def wait_for(condition, process, seconds: float = 30) -> None:
+def wait_for(condition, process, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.is_alive() and time.monotonic() < end

@@ -1,0 +1,120 @@
+"""Two gloo processes under sharding against one process, by the programs: the same losses, the same weights, one's checkpoints for the other."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectitan import train
+from spectitan.training.checkpoint import read_tensors
+from tests.integration import processes, tiny
+
+STEPS = 5
+RUN = {"training__num_steps": STEPS, "checkpoint__interval": 3, "checkpoint__keep_latest_k": 0, "metrics__report_interval": 1}
+RUN |= {"training__compute_dtype": "float64", "training__micro_batch_size": 1, "eval__at_end": "false", "export__format": "none"}
+SHARDED = RUN | {"parallelism__sharding_strategy": "fsdp"}
+KINDS = {"mlp": {}, "kl_div": {"objective__loss": "kl_div"}, "base": tiny.BASE_ALONE | {"export__format": "none"}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tiny.Tiny:
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> dict[str, Path]:
+    """The folder of an uninterrupted run of one process, by kind."""
+    for kind, changes in KINDS.items():
+        assert train.main(world.flags(world.root / kind, **RUN | changes)) == 0
+    return {kind: world.root / kind for kind in KINDS}
+
+
+def start_two(flags: list[str], output: Path, before=None) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [processes.start("train", flags, Path(f"{output}{rank['RANK']}"), environment=rank, before=before) for rank in ranks]
+
+
+def join(started: list) -> list[int]:
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
+    """Every loss of every head, gradient norms, and at the end weights and optimizer state, to 1e-9; the samples exactly."""
+    expected = tiny.reports(whole)[steps[0] - 1 :]
+    assert [report["step"] for report in tiny.reports(run)] == list(steps)
+    for ours, theirs in zip(tiny.reports(run), expected):
+        for key in ("sample_hash", "supervised_tokens", "tokens_by_dataset", "accuracy", "lr"):
+            assert ours[key] == theirs[key], (ours["step"], key)
+        for key in ("loss", "alpha", "grad_norm"):
+            torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=1e-9, atol=0)
+    ours, theirs = (read_tensors(tiny.checkpoint(folder, STEPS)) for folder in (run, whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["kl_div", "base"])
+def test_two_processes_train_as_one(world, whole, tmp_path, kind):
+    started = start_two(world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
+    assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
+    assert_close(tmp_path / "run", whole[kind])
+    assert sorted(path.name for path in tiny.checkpoint(tmp_path / "run", STEPS).glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+
+
+def test_under_torchrun(world, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spectitan.train"]
+    done = subprocess.run([*command, *world.flags(tmp_path / "run", **SHARDED)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "run", whole["mlp"])
+    assert done.stderr.count(f"step {STEPS}/{STEPS} | loss") == 1  # only one of them speaks
+
+
+@pytest.mark.parametrize("kind", ["mlp", "base"])
+def test_a_stop_of_two_and_the_rest_on_one(world, whole, tmp_path, kind):
+    run, flags = tmp_path / "run", SHARDED | KINDS[kind]
+    started = start_two(world.flags(run, **flags), tmp_path / "output", before=partial(processes.slow_steps, 0.1))
+    processes.wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 1, started[0])
+    os.kill(started[1].pid, signal.SIGTERM)  # one is told, both end
+    assert join(started) == [128 + signal.SIGTERM] * 2
+    (saved,) = (run / "checkpoints").iterdir()
+    assert int(saved.name[-8:]) in (1, 2, 3)
+    assert train.main(world.flags(run, **RUN | KINDS[kind] | {"training__micro_batch_size": 2})) == 0
+    assert_close(run, whole[kind])
+
+
+def test_one_process_to_two(world, whole, tmp_path):
+    flags = world.flags(tmp_path / "run", **SHARDED, checkpoint__load_path=tiny.checkpoint(whole["mlp"], 3))
+    assert join(start_two(flags, tmp_path / "output")) == [0, 0], (tmp_path / "output0").read_text()
+    assert_close(tmp_path / "run", whole["mlp"], steps=range(4, STEPS + 1))
+
+
+def test_evaluation_and_export_at_the_end_of_two_processes(world, whole, tmp_path):
+    changes = {"eval__at_end": "true", "export__format": "auto", "eval__interval": 2}
+    flags = world.flags(tmp_path / "run", **SHARDED | changes)
+    assert join(start_two(flags, tmp_path / "output")) == [0, 0], (tmp_path / "output0").read_text()
+    assert_close(tmp_path / "run", whole["mlp"])
+    assert (tmp_path / "run" / "report.json").exists() and (tmp_path / "run" / "export" / "model.safetensors").exists()
+    output = (tmp_path / "output0").read_text()
+    assert output.count(" evaluation | ") == 2 and " evaluation | " not in (tmp_path / "output1").read_text()
+
+
+def test_a_mistake_is_said_once(world, tmp_path):
+    started = start_two(world.flags(tmp_path / "run", **SHARDED, training__global_batch_size=3), tmp_path / "output")
+    started[0].join(60)
+    started[1].terminate()  # as torchrun does
+    assert join(started) == [2, -signal.SIGTERM]
+    assert (tmp_path / "output0").read_text() == (
+        "spectitan.train: training.global_batch_size = 3: allowed are multiples of training.micro_batch_size x processes = 1 x 2\n"
+    )
+    assert (tmp_path / "output1").read_text() == "" and not (tmp_path / "run").exists()
