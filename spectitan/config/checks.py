@@ -56,6 +56,8 @@ def _check_data(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     training, base, family = config.training, config.base, config.speculator.type
+    given = f"speculator.path = {config.speculator.path!r}"
+    _require(not config.speculator.path, f"{given}: train does not start from it; allowed: checkpoint.load_path, to go on from one")
     _require(
         (training.num_steps == -1) != (training.epochs == -1),
         f"training.num_steps = {training.num_steps} and training.epochs = {training.epochs}; allowed: one of them, the other -1",
