@@ -4,7 +4,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from spectitan.data.tokenizer import Tokenizer
+from spectitan.data.tokenizer import Tokenizer, load_tokenizer
 from spectitan.errors import UserError
 
 SHIPPED = "spectitan:"
@@ -17,13 +17,17 @@ def load_prompts(name: str, tokenizer: Tokenizer) -> list[list[int]]:
         name: a path, or "spectitan:NAME" for those that ship with the base of that name.
 
     Raises:
-        UserError: no such file, no prompt in it, a line that is none; ids that the tokenizer does not have.
+        UserError: no such file, no prompt in it, a line that is none; ids that the tokenizer does not have; prompts that ship
+            with a base of another tokenizer.
     """
     path = _path(name)
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{name}: prompts file {path}: {error.strerror}") from None
+    if name.startswith(SHIPPED) and load_tokenizer(path.parent).fingerprint != tokenizer.fingerprint:
+        allowed = "allowed: a file of your own (eval.prompts, data.drop_overlap), or none (eval.prompts)"
+        raise UserError(f"{name}: these prompts are token ids of another tokenizer than this base has; {allowed}")
     prompts = [_prompt(line, f"{path}:{number}", tokenizer) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UserError(f"{path}: no prompts; allowed: JSON lines with the key tokens or text")
