@@ -95,17 +95,20 @@ def load_speculator_for(config: Config, base: nn.Module) -> Speculator | None:
     trained = find_trained(config)
     if config.speculator.type == "none" or trained is None:
         return None
-    speculator = read_speculator(trained, base.config)
+    speculator = read_speculator(trained, base.config, config.objective)
     if speculator is None:
         return None
     weight = base.readout.head.weight
     return speculator.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
-def read_speculator(trained: Trained, base_config: LlamaConfig) -> Speculator | None:
-    """The speculator of a folder or checkpoint, in float32 on the CPU; None if the run trained a base alone."""
+def read_speculator(trained: Trained, base_config: LlamaConfig, objective: Objective = Objective()) -> Speculator | None:
+    """The speculator of a folder or checkpoint, in float32 on the CPU; None if the run trained a base alone.
+
+    `objective` is a folder's, which does not say what it was trained with; a checkpoint does.
+    """
     if not trained.keys:
-        return load_speculator(trained.path, base_config)
+        return load_speculator(trained.path, base_config, objective)
     type = trained.keys["speculator.type"]
     if type == "none":
         return None
