@@ -76,7 +76,7 @@ class MetricsLogger:
             step: optimizer steps done.
             grad_norm: of the last step, before clipping.
             supervised_tokens: targets of the first head.
-            tokens_by_dataset: supervised tokens by dataset.
+            tokens_by_dataset: tokens that the loss mask lets be targets.
             sample_hash: of the samples trained on, in hexadecimal.
             tokens_per_second: over all ranks.
             waiting: share of the time spent waiting for data, 0 to 1.

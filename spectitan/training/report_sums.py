@@ -17,7 +17,7 @@ class ReportSums:
 
     Attributes:
         counts: int64 [steps], targets over all ranks, on the CPU.
-        tokens_by_dataset: int64 [num_datasets], supervised tokens over all ranks, on the CPU.
+        tokens_by_dataset: int64 [num_datasets], tokens that the loss mask lets be targets, over all ranks, on the CPU.
         sample_hash: int, modulo 2**64, of the samples.
     """
 
