@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spectitan import program
 from spectitan.config.manager import Config
-from spectitan.data.loader import build_loader
+from spectitan.data.loader import SAMPLE_BITS, build_loader
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.data.validation import build_validation
@@ -85,6 +85,8 @@ class Trainer:
             select_prompts(self.prompts, config.eval, base_config)
             draft_length(self.speculator, config.eval)
         _check_can_be_written(self.folder)
+        if config.checkpoint.resume == "never":
+            _check_can_be_moved(self.folder, config.checkpoint.load_path)
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run
         self.identity = self._identity(base_config)
@@ -127,7 +129,9 @@ class Trainer:
             logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
         if self.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+            temporary = self.folder / "config.toml.tmp"  # the file may be the one that this run was started with
+            temporary.write_text(self.config.to_toml(), encoding="utf-8")
+            temporary.replace(self.folder / "config.toml")
 
     def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
         """Every key of the run, and what the base is: training/identity.py says which may change when a run is resumed."""
@@ -142,7 +146,10 @@ class Trainer:
 
     def _build_model(self) -> None:
         config = self.config
-        self.base = get_model(config.base.arch, config.base.variant, str(self.base_path), init=config.base.init, seed=config.job.seed)
+        dtype = self.compute_dtype if config.base.freeze else master_dtype(self.compute_dtype)
+        self.base = get_model(
+            config.base.arch, config.base.variant, self.base_path, init=config.base.init, dtype=dtype, seed=config.job.seed
+        )
         if config.speculator.type != "none":
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.base.to(self.device)
@@ -199,7 +206,7 @@ class Trainer:
         and what this step's report says of the data."""
         counts = sum(target.counts for target in targets)
         sample_hash = sum(hash_keys(0, batch.index, batch.sample_ids).sum() for batch in batches)
-        datasets = torch.cat([(batch.sample_ids >> 40).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
+        datasets = torch.cat([(batch.sample_ids >> SAMPLE_BITS).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
         tokens = torch.bincount(datasets, minlength=len(self.loader.datasets))
         flags = torch.tensor([stop.requested is not None, stop.save_requested, sample_hash])
         stop.save_requested = False
@@ -322,6 +329,13 @@ def _check_can_be_written(folder: Path) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problem = "it may not be written" if existing.is_dir() else "it is no folder"
         raise UserError(f"job.dump_folder = {str(folder)!r}: {existing}: {problem}")
+
+
+def _check_can_be_moved(folder: Path, load_path: str) -> None:
+    """What must stay where it is may not lie in the folder that checkpoint.resume = never moves aside."""
+    for what, path in (("the working folder", Path.cwd()), ("checkpoint.load_path", Path(load_path) if load_path else None)):
+        if path is not None and path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"job.dump_folder = {str(folder)!r} holds {what}: checkpoint.resume = never cannot move that; use another folder")
 
 
 def train(config: Config, stop: StopSignal) -> None:
