@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for: from pageable memory it would have to."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class TokenBatch(NamedTuple):
     """One micro-batch of one rank, made on the CPU."""
 
@@ -16,7 +21,7 @@ class TokenBatch(NamedTuple):
     sample_ids: Tensor  # int64 [batch]; (dataset << 40) + sample, the same in every epoch: the key of cached hidden states
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return TokenBatch(*(to_device(tensor, device) for tensor in self))
 
 
 class BaseStates(NamedTuple):
@@ -37,12 +42,12 @@ class Targets(NamedTuple):
     step: Tensor  # int64 [N]; 0 .. steps - 1
     counts: Tensor  # int64 [steps]; pairs of each step
     extra: tuple[Tensor, ...] = ()  # a family's own
+    host_teacher: Tensor | None = None  # `teacher` on the host, once `to` has been called: an objective plans its chunks by it
 
     def to(self, device: torch.device) -> "Targets":
         """Moves the rows; the counts stay on the host, where they are summed over ranks."""
-        teacher, state, step = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        extra = tuple(tensor.to(device, non_blocking=True) for tensor in self.extra)
-        return Targets(teacher, state, step, self.counts, extra)
+        teacher, state, step = (to_device(tensor, device) for tensor in self[:3])
+        return Targets(teacher, state, step, self.counts, tuple(to_device(tensor, device) for tensor in self.extra), self.teacher)
 
 
 class Loss(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spectitan.models.kv_cache import KVCache
 from spectitan.models.readout import Readout
-from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
+from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch, to_device
 
 # pick(logits [batch, vocab] , step) -> (tokens int64 [batch], probabilities float32 [batch, vocab] or None when greedy).
 # A family that drafts k tokens in one pass calls it with logits [batch, k, vocab] and slice(0, k).
@@ -93,7 +93,7 @@ class Speculator(nn.Module):
     def row_weights(self, targets: Targets, denominators: Tensor) -> Tensor:
         """[N] weight of each pair in the total: step_weight / global count of the step, so that ranks and micro-batches add."""
         weights = self.step_weight().double() / denominators.clamp_min(1)
-        return weights.to(targets.step.device)[targets.step]
+        return to_device(weights, targets.step.device)[targets.step]
 
     def forward(self, batch: TokenBatch, states: BaseStates, targets: Targets, denominators: Tensor, readout: Readout) -> Loss:
         """One micro-batch's share of the loss. `denominators`: int64 [steps], on the CPU, counts over all ranks and micro-batches."""

@@ -122,7 +122,8 @@ class MlpSpeculator(Speculator):
 
         def loss_of_heads(readout: Readout, hidden: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
             if self.tied:
-                return self._loss_of_head(0, hidden, row_weights, target_tokens, targets.teacher, final, readout)
+                teacher_rows = targets.teacher if targets.host_teacher is None else targets.host_teacher
+                return self._loss_of_head(0, hidden, row_weights, target_tokens, teacher_rows, final, readout)
             by_step = torch.argsort(targets.step, stable=True)  # rows of a step stay ascending in the teacher's
             parts = [
                 self._loss_of_head(step, hidden[pairs], row_weights[pairs], target_tokens[pairs], targets.teacher[pairs], final, readout)

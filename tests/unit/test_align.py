@@ -86,3 +86,13 @@ def test_every_target_of_full_text_is_used_once_a_step():
     targets = align_targets(batch, steps)
     assert targets.counts.tolist() == [2 * (length - 2 - k) for k in range(steps)]
     assert bool((targets.teacher.diff() >= 0).all())
+
+
+def test_targets_keep_their_teacher_rows_on_the_host():
+    batch = TokenBatch(
+        torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64), *torch.zeros(2, 1, dtype=torch.int64)
+    )
+    targets = align_targets(batch, steps=2)
+    moved = targets.to(torch.device("meta"))
+    assert moved.host_teacher is targets.teacher and moved.counts is targets.counts
+    assert moved.teacher.device.type == moved.state.device.type == moved.step.device.type == "meta"

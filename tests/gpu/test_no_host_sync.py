@@ -1,0 +1,39 @@
+"""A training step never makes the host wait for the GPU."""
+
+import pytest
+import torch
+
+from spectitan.config.sections import Objective
+from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
+from spectitan.states.online import OnlineStates
+from spectitan.types import TokenBatch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+def test_a_step_of_a_tied_drafter_does_not_wait(loss):
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
+    base = EmbedLLaMA(LlamaConfig(vocab_size=1009, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2))
+    base.init_weights(generator)
+    base.requires_grad_(False).to(device)
+    speculator = MlpSpeculator(MlpConfig(), base.config, Objective(loss=loss))
+    speculator.init_weights(generator)
+    speculator.to(device)
+    source = OnlineStates(base, (), frozen=True)
+    tokens = torch.randint(1009, (3, 61), generator=generator)
+    documents = (torch.arange(61) > 40).long().expand(3, -1) + 2 * torch.arange(3)[:, None]
+    batch = TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), documents, torch.arange(3), torch.arange(3))
+    targets = speculator.align(batch)
+
+    def step() -> None:
+        on_device, moved = batch.to(device), targets.to(device)
+        speculator(on_device, source.states(on_device), moved, targets.counts, base.readout).total.backward()
+
+    step()  # libraries load and memory is taken
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
