@@ -1,10 +1,11 @@
 """Micro-batches of this rank, without end, from any position of the global order; the whole state is that position."""
 
-import atexit
+import os
 import signal
+import threading
 import warnings
-import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,18 +98,13 @@ class Loader:
                 sampler=PositionSampler(position, global_batch_size, micro_batch_size, rank, world_size),
                 num_workers=data.loader_workers,
                 collate_fn=_as_it_is,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=partial(_leave_signals_to, os.getpid()),
                 pin_memory=torch.cuda.is_available(),
             )
         self._batches = iter(batches)
-        atexit.register(_close, weakref.ref(self))
 
     def __iter__(self) -> "Loader":
         return self
-
-    def close(self) -> None:
-        """Ends the worker processes. Also happens when the loader is no longer used, and when the program ends."""
-        self._batches = iter(())
 
     def __next__(self) -> TokenBatch:
         batch = next(self._batches)
@@ -152,13 +148,18 @@ def _as_it_is(batch: TokenBatch) -> TokenBatch:
     return batch
 
 
-def _close(loader: "weakref.ref[Loader]") -> None:
-    """At exit the workers must be told: multiprocessing would only send them the SIGTERM that they ignore, and wait."""
-    if loader() is not None:
-        loader().close()
+def _leave_signals_to(trainer: int, worker: int) -> None:
+    """Ctrl-C and job managers signal whole process groups, but the trainer still needs its workers to end a step and save.
+
+    A worker ends by SIGTERM from the trainer, which is how multiprocessing ends it, and by no one else's.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(trainer,), daemon=True).start()
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and job managers signal whole process groups; the trainer still needs its workers to end a step and save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _end_when_told_by(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

@@ -1,0 +1,243 @@
+"""Batches: every token once an epoch, one global order on any number of ranks and workers, resumed from any sample at once."""
+
+import multiprocessing
+import subprocess
+import time
+from collections import Counter
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from spectitan.data.corpus import tokenise_training
+from spectitan.data.loader import Loader, build_loader
+from spectitan.data.packing import PackedDataset
+from spectitan.data.validation import build_validation
+from spectitan.types import TokenBatch
+from tests.unit.data_fixtures import ByteTokenizer, make_data, text, write_texts
+from tests.unit.test_shards import start
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """text/a of 23 files and text/b of 5."""
+    folder = tmp_path_factory.mktemp("loader")
+    write_texts(folder / "text", {f"a/{i}.txt": text(i, words=3 + i) for i in range(23)} | {f"b/{i}.txt": text(100 + i) for i in range(5)})
+    return folder
+
+
+def load(data, **keys) -> Loader:
+    return build_loader(data, ByteTokenizer(), **({"seed": SEED, "global_batch_size": 1, "micro_batch_size": 1} | keys))
+
+
+def rows(batches) -> list[tuple]:
+    """One record a sample: everything that a batch says of it."""
+    fields = ((*batch[:2], batch.document_ids >= 0, batch.index, batch.sample_ids) for batch in batches)
+    return [tuple(np.asarray(part).tolist() for part in row) for batch in fields for row in zip(*batch)]
+
+
+@pytest.mark.parametrize("seq_length", [2, 17, 64, 100_000])
+def test_packing_is_the_documents_in_their_order_cut_every_seq_length(folder, seq_length):
+    data = make_data(folder, seq_length=seq_length)
+    ((_, shards),) = tokenise_training(data, ByteTokenizer())
+    stream, owners = [], []
+    for ordinal, document in enumerate(shards.order):
+        ids = shards.document(document).tolist()
+        stream += ids
+        owners += [ordinal] * len(ids)
+    packed = PackedDataset(shards, seq_length)
+    assert len(packed) == -(-len(stream) // seq_length)
+    for sample in range(len(packed)):
+        tokens, documents = np.full((2, seq_length), 77)
+        packed.read_into(sample, tokens, documents)
+        expected = stream[sample * seq_length : (sample + 1) * seq_length]
+        owner = owners[sample * seq_length : (sample + 1) * seq_length]
+        padding = seq_length - len(expected)
+        assert tokens.tolist() == expected + [0] * padding
+        assert documents.tolist() == [document - owner[0] for document in owner] + [-1] * padding
+        assert padding == 0 or sample == len(packed) - 1
+
+
+def test_batches_are_what_the_trainer_was_promised(folder):
+    loader = load(make_data(folder, datasets=["a", "b"]), global_batch_size=6, micro_batch_size=6)
+    batch = next(loader)
+    assert isinstance(batch, TokenBatch) and batch.tokens.shape == (6, 17)
+    assert [tensor.dtype for tensor in batch] == [torch.int64, torch.bool, torch.int64, torch.int64, torch.int64]
+    assert batch.index.tolist() == list(range(6))
+    for _ in range(60):
+        batch = next(loader)
+        real = batch.document_ids >= 0
+        assert torch.equal(batch.loss_mask, real) and not (batch.tokens[~real]).any()
+        # Unique in the batch: no document's id stands in two rows, and each is one run.
+        runs = [torch.unique_consecutive(row[row >= 0]).tolist() for row in batch.document_ids]
+        flat = sum(runs, [])
+        assert len(flat) == len(set(flat))
+    datasets, samples = batch.sample_ids >> 40, batch.sample_ids & (2**40 - 1)
+    sizes = [loader.counts[name]["samples"] for name in loader.datasets]
+    assert all(0 <= sample < sizes[dataset] for dataset, sample in zip(datasets.tolist(), samples.tolist()))
+
+
+@pytest.mark.parametrize("datasets", [[], ["a", "b"]])
+def test_every_token_of_an_epoch_exactly_once(folder, datasets):
+    data = make_data(folder, datasets=datasets)
+    tokenizer = ByteTokenizer()
+    loader = load(data)
+    for _ in range(2):
+        epoch = [next(loader) for _ in range(loader.samples_per_epoch)]
+        used = Counter(torch.cat([batch.tokens[batch.loss_mask] for batch in epoch]).tolist())
+        files = sorted((folder / "text").rglob("*.txt"))
+        assert used == Counter(i for file in files for i in tokenizer.document(tokenizer.encode(file.read_text())))
+        assert len({int(batch.sample_ids) for batch in epoch}) == len(epoch) == sum(c["samples"] for c in loader.counts.values())
+    assert sum(counts["tokens"] for counts in loader.counts.values()) == sum(used.values())
+
+
+def test_samples_keep_their_number_whatever_the_seed_and_epoch(folder):
+    data = make_data(folder)
+    first, second = (load(data, seed=seed) for seed in (1, 2))
+    tokens, orders = {}, []
+    for loader in (first, second):
+        batches = [next(loader) for _ in range(3 * loader.samples_per_epoch)]
+        orders.append([int(batch.sample_ids) for batch in batches])
+        for batch in batches:
+            known = tokens.setdefault(int(batch.sample_ids), batch.tokens)
+            assert torch.equal(known, batch.tokens)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_one_global_order_on_any_number_of_ranks_and_workers(folder, world_size, workers):
+    alone = load(make_data(folder, datasets=["a", "b"], weights=[1, 3]))
+    expected = rows(next(alone) for _ in range(48))
+
+    data = make_data(folder, datasets=["a", "b"], weights=[1, 3], loader_workers=workers)
+    global_batch_size, micro_batch_size = 24, 2
+    micro_batches = global_batch_size // (world_size * micro_batch_size)
+    seen = []
+    for rank in range(world_size):
+        keys = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "rank": rank, "world_size": world_size}
+        loader = load(data, **keys)
+        for step in range(2):
+            for j in range(micro_batches):
+                assert loader.position == step * global_batch_size
+                batch = next(loader)
+                first = step * global_batch_size + (j * world_size + rank) * micro_batch_size
+                assert batch.index.tolist() == [first, first + 1]
+                seen += rows([batch])
+        assert loader.position == 2 * global_batch_size
+    assert sorted(seen, key=lambda row: row[3]) == expected
+
+
+@pytest.mark.parametrize("position", [1, 13, 50, 59, 200])
+def test_resuming_at_any_sample_goes_on_as_if_nothing_had_happened(folder, position):
+    data = make_data(folder, datasets=["a", "b"])
+    loader = load(data)
+    expected = rows(next(loader) for _ in range(position + 20))[position:]
+    resumed = load(data, position=position)
+    assert resumed.position == position
+    assert rows(next(resumed) for _ in range(20)) == expected
+
+
+def test_resuming_costs_the_same_anywhere(folder):
+    data = make_data(folder)
+
+    def seconds(position):
+        begin = time.process_time()
+        assert next(load(data, position=position)).index.item() == position
+        return time.process_time() - begin
+
+    near, far = (min(seconds(position + i) for i in range(4)) for position in (0, 10**12))
+    assert far < 4 * near
+
+
+def test_shares_of_tokens_hold_within_a_thousandth_over_ten_thousand_samples(folder):
+    weights = [0.29, 0.71]
+    loader = load(make_data(folder, datasets=["a", "b"], weights=weights), global_batch_size=100, micro_batch_size=100)
+    counts = np.zeros(2)
+    for _ in range(100):
+        counts += np.bincount((next(loader).sample_ids >> 40).numpy(), minlength=2)
+    assert np.abs(counts / 10_000 - weights).max() < 0.001
+    assert list(loader.shares.values()) == pytest.approx(weights)
+
+
+def test_a_dataset_of_weight_zero_is_not_even_tokenised(folder, tmp_path):
+    write_texts(tmp_path / "text", {"a/1.txt": text(1), "broken/1.txt": b"\xff", "c/1.txt": text(2)})
+    loader = load(make_data(tmp_path, datasets=["a", "broken", "c"], weights=[1, 0, 1]))
+    assert loader.datasets == ["a", "broken", "c"] and loader.shares["broken"] == 0 == loader.counts["broken"]["samples"]
+    assert {int(next(loader).sample_ids) >> 40 for _ in range(20)} == {0, 2}
+
+
+def test_held_out_text_is_in_no_training_sample(folder):
+    data, tokenizer = make_data(folder, holdout=0.4, seq_length=50), ByteTokenizer()
+    loader = load(data)
+    batches = build_validation(data, tokenizer, 10_000, 4)
+    held_out = sum(batch.loss_mask.sum().item() for batch in batches)
+    files = sorted((folder / "text").rglob("*.txt"))
+    assert 0 < loader.counts[data.path]["held_out"] == len(files) - loader.counts[data.path]["documents"]
+    assert held_out + loader.counts[data.path]["tokens"] == sum(len(tokenizer.encode(file.read_text())) + 1 for file in files)
+
+    def beginnings(batches):
+        """The first 5 tokens of each document that begins within a sample: each test file begins with its own number."""
+        found = set()
+        for batch in batches:
+            for tokens, documents in zip(batch.tokens, batch.document_ids):
+                starts = (documents[1:] != documents[:-1]).nonzero()[:, 0] + 1
+                found |= {tuple(tokens[i : i + 4].tolist()) for i in starts.tolist() if documents[i] >= 0 and i + 4 <= len(tokens)}
+        return found
+
+    training, evaluation = beginnings(next(loader) for _ in range(loader.samples_per_epoch)), beginnings(batches)
+    assert training and evaluation and not training & evaluation
+
+
+def test_validation_samples_are_the_same_for_every_run_and_as_many_as_asked_for(folder):
+    data = make_data(folder, holdout=0.4, datasets=["a", "b"], weights=[1, 0])
+    everything = build_validation(data, ByteTokenizer(), 10_000, 4)
+    some = build_validation(data, ByteTokenizer(), 7, 4)
+    assert [len(batch.tokens) for batch in some] == [4, 3]
+    assert rows(some) == rows(everything)[:7] and len({row[4] for row in rows(everything)}) == sum(map(len, (b.tokens for b in everything)))
+    assert build_validation(data, ByteTokenizer(), 0, 4) == []
+    assert build_validation(make_data(folder), ByteTokenizer(), 7, 4) == [], "nothing is held out"
+    own = build_validation(make_data(folder, val_path=str(folder / "text" / "b")), ByteTokenizer(), 10_000, 4)
+    assert sum(batch.loss_mask.sum().item() for batch in own) == sum(len(f.read_bytes()) + 1 for f in (folder / "text" / "b").iterdir())
+
+
+# ---- worker processes ----
+
+
+def leave_without_closing(folder):
+    multiprocessing.set_start_method("fork", force=True)
+    loader = load(make_data(folder, loader_workers=2))
+    next(loader)
+    globals()["kept"] = loader  # alive until the interpreter ends
+
+
+def test_workers_end_with_the_program(folder):
+    process = start(leave_without_closing, folder)
+    process.join()
+    assert process.exitcode == 0
+
+
+def survive_signals(folder):
+    multiprocessing.set_start_method("fork", force=True)
+    # As when a job manager or Ctrl-C signals the whole group: the trainer decides when its workers end.
+    loader = load(make_data(folder, loader_workers=2))
+    expected = rows(next(load(make_data(folder))) for _ in range(1))
+    assert rows([next(loader)]) == expected
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    for name in ("-INT", "-TERM"):
+        subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
+    for _ in range(50):
+        next(loader)
+    del loader
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
+def test_workers_leave_signals_to_the_trainer(folder):
+    process = start(survive_signals, folder)
+    process.join()
+    assert process.exitcode == 0
