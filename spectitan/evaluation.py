@@ -43,7 +43,7 @@ def evaluate_run(config: Config) -> dict:
     base, base_path = load_base(config, torch.float32)
     base.to(choose_device())
     speculator = load_speculator_for(config, base)
-    tokenizer = load_tokenizer(base_path)
+    tokenizer = load_tokenizer(base_path, base.config.vocab_size)
     prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
     validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)
     if not prompts and not validation:

@@ -34,7 +34,7 @@ def generate(config: Config, stop: StopSignal) -> None:
         torch.set_num_threads(config.job.threads)
     texts = read_prompts(config.generate)
     base, base_path = load_base(config, torch.float32)
-    tokenizer = load_tokenizer(base_path)
+    tokenizer = load_tokenizer(base_path, base.config.vocab_size)
     prompts = [start_of_text(text, tokenizer) for text in texts]
     check_prompts(prompts, base.config)
     base.to(choose_device())

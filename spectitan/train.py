@@ -73,9 +73,7 @@ class Trainer:
             )
         self.base_path = resolve_base_path(config.base.path)
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
-        self.tokenizer = load_tokenizer(self.base_path)
-        if self.tokenizer.vocab_size > base_config.vocab_size:
-            raise UserError(f"{self.base_path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model {base_config.vocab_size}")
+        self.tokenizer = load_tokenizer(self.base_path, base_config.vocab_size)
         if config.data.seq_length > base_config.max_position_embeddings:
             raise UserError(f"data.seq_length = {config.data.seq_length}: the base allows at most {base_config.max_position_embeddings}")
         self.speculator = build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
@@ -127,11 +125,13 @@ class Trainer:
         moved = move_aside(self.folder) if self.config.checkpoint.resume == "never" else None
         if moved:
             logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
-        if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / "config.toml.tmp"  # the file may be the one that this run was started with
-            temporary.write_text(self.config.to_toml(), encoding="utf-8")
-            temporary.replace(self.folder / "config.toml")
+        utils.on_main(self._write_config)
+
+    def _write_config(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / "config.toml.tmp"  # the file may be the one that this run was started with
+        temporary.write_text(self.config.to_toml(), encoding="utf-8")
+        temporary.replace(self.folder / "config.toml")
 
     def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
         """Every key of the run, and what the base is: training/identity.py says which may change when a run is resumed."""
@@ -288,25 +288,27 @@ class Trainer:
             sums, counts = heldout_sums(self.speculator, self.source, self.validation, self.base.readout)
             report = heldout_report(self.speculator.metrics, sums, counts)
             values |= {f"{name}/head_{head}": value for name in ("heldout_loss", "heldout_accuracy") for head, value in enumerate(report[name])}
-        if self.prompts and self.world.is_main:
-            config = self._config_of_last_checkpoint()
-            base, _ = load_base(config, torch.float32)
-            speculator = load_speculator_for(config, base.to(self.device))
-            eos = eos_ids(base.config, self.tokenizer.eos_id)
-            report = measure_acceptance(base, speculator, self.prompts, config.eval, eos_id=eos, seed=config.job.seed)
-            values["acceptance_length"] = report["acceptance_length"]
+        if self.prompts:
+            values["acceptance_length"] = utils.on_main(self._acceptance_length)
         self.metrics.evaluation(self.step, values)
-        utils.barrier()
+
+    def _acceptance_length(self) -> float:
+        config = self._config_of_last_checkpoint()
+        base, _ = load_base(config, torch.float32)
+        speculator = load_speculator_for(config, base.to(self.device))
+        eos = eos_ids(base.config, self.tokenizer.eos_id)
+        return measure_acceptance(base, speculator, self.prompts, config.eval, eos_id=eos, seed=config.job.seed)["acceptance_length"]
 
     def finish(self) -> None:
         """Evaluates and exports, unless an earlier start of this run has done so."""
-        if self.world.is_main:
-            config = self._config_of_last_checkpoint()
-            if config.eval.at_end and (self.prompts or self.validation) and self._reported_step() != self.step:
-                evaluate_run(config)
-            if config.export.format != "none" and self._export_is_old():
-                export_run(config)
-        utils.barrier()
+        utils.on_main(self._finish)
+
+    def _finish(self) -> None:
+        config = self._config_of_last_checkpoint()
+        if config.eval.at_end and (self.prompts or self.validation) and self._reported_step() != self.step:
+            evaluate_run(config)
+        if config.export.format != "none" and self._export_is_old():
+            export_run(config)
 
     def _config_of_last_checkpoint(self) -> Config:
         config = copy.deepcopy(self.config)

@@ -194,13 +194,19 @@ class StreamDecoder:
         return self._tokenizer.decode(self._shown + self._held)[len(before) :]
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, model_vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model folder; tokenizer.json is preferred to tokenizer.model.
 
     Raises:
-        UserError: no such folder, no file that can be read, a file that cannot be understood.
+        UserError: no such folder, no file that can be read, a file that cannot be understood; more tokens than the model has.
     """
-    folder = Path(folder)
+    tokenizer = _read_tokenizer(Path(folder))
+    if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_vocab_size}; allowed: at most as many")
+    return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder / "tokenizer.json")
     model = folder / "tokenizer.model"
