@@ -11,8 +11,9 @@ products  the floor: logits, both gradients and, for kl_div, the logits of the d
           all rows into memory that is there already
 
 Each way runs in a process of its own and they take turns, so that whatever else the machine does meets all alike; figures are
-medians. On a machine that others use too, compare processor time, with one thread. Memory is the peak of resident memory in a call above what was resident before the first: gradients and, of
-`products`, nothing. Every third row has the same teacher row, as with three heads. Linux: memory comes from /proc.
+medians. On a machine that others use too, compare processor time, with one thread. Memory is the peak of resident memory in a
+call above what was resident before the first: gradients included, and of `products` nothing. Three rows in a row have the same
+teacher row, as with three heads. Linux: memory comes from /proc.
 """
 
 import argparse
@@ -132,7 +133,8 @@ def prepare(way: str, loss: str, vocabulary: int, width: int, rows: int, dtype: 
     weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype).requires_grad_()
     row_weights, targets = torch.full((rows,), 1 / rows), torch.randint(vocabulary, (rows,))
     teacher_rows = torch.arange(rows) // HEADS
-    teacher = Teacher(torch.randn(-(-rows // HEADS), width).to(dtype), (torch.randn(vocabulary, width) / width**0.5).to(dtype), teacher_rows)
+    teacher_hidden, teacher_weight = torch.randn(-(-rows // HEADS), width), torch.randn(vocabulary, width) / width**0.5
+    teacher = Teacher(teacher_hidden.to(dtype), teacher_weight.to(dtype), teacher_rows)
 
     def fused() -> None:
         hidden.grad = weight.grad = None
