@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from spectitan.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -35,11 +37,6 @@ def any_rank(flag: bool) -> bool:
     return bool(sum_over_ranks(torch.tensor(int(flag))) > 0)
 
 
-def barrier() -> None:
-    """Returns when every rank has come here. By gloo: the GPU is not waited for."""
-    any_rank(False)
-
-
 def broadcast(value: T) -> T:
     """Rank 0's value, on every rank. For small Python values."""
     if world_size() == 1:
@@ -59,20 +56,23 @@ def gather(value: T) -> list[T]:
 
 
 def together(work: Callable) -> list:
-    """Every rank's result of `work`; if it raises OSError on one rank, OSError is raised on all."""
+    """Every rank's result of `work`; a UserError or OSError that it raises on one rank is raised on all of them."""
+    if world_size() == 1:
+        return [work()]
     result = error = None
     try:
         result = work()
-    except OSError as failure:
+    except (UserError, OSError) as failure:
         error = failure
-    outcomes = gather((result, error and (str(error) or repr(error))))
-    if failed := next((message for _, message in outcomes if message), None):
-        raise OSError(failed) from error
+    outcomes = gather((result, error))
+    failed = next((failure for _, failure in outcomes if failure is not None), None)
+    if failed is not None:
+        raise failed from error
     return [result for result, _ in outcomes]
 
 
 def on_main(work: Callable):
-    """Rank 0's result of `work`, which runs there only."""
+    """Rank 0's result of `work`, which runs there only; its UserError or OSError is raised on every rank."""
     return together(work if rank() == 0 else lambda: None)[0]
 
 

@@ -35,16 +35,17 @@ class MetricsLogger:
 
     def __init__(self, config: Metrics, folder: str | os.PathLike, *, total_steps: int, start_step: int):
         self.total_steps, self.file, self.tensorboard, self.bar = total_steps, None, None, None
-        if utils.rank() != 0:
-            return
-        path = Path(folder) / "metrics.jsonl"
+        utils.on_main(lambda: self._open(config, Path(folder), start_step))
+
+    def _open(self, config: Metrics, folder: Path, start_step: int) -> None:
+        path = folder / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(path, start_step)
         self.file = open(path, "a", encoding="utf-8")
         if "tensorboard" in config.loggers:
-            self.tensorboard = _open_tensorboard(config.dir or Path(folder) / "tensorboard", start_step)
+            self.tensorboard = _open_tensorboard(config.dir or folder / "tensorboard", start_step)
         if sys.stderr.isatty():
-            self.bar = ProgressBar(total_steps, start_step)
+            self.bar = ProgressBar(self.total_steps, start_step)
         self.peak_flops = device_peak_flops()
         logger.info(
             "useful FLOP/s = matrix products that the step needs (2 a multiply-add) / time, over all ranks%s",

@@ -15,7 +15,7 @@ from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype, set_gradient_sync
 from spectitan.distributed.mesh import init_distributed
 from spectitan.errors import UserError
-from spectitan.training.checkpoint import Checkpointer, module_tensors
+from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
 
 VOCAB, HIDDEN, STEPS, MICRO_BATCHES, ROWS = 13, 7, 4, 2, 6  # nothing divides by two ranks
@@ -140,6 +140,10 @@ def worker(rank, port, folder):
         utils.together(lambda: (Path(folder) / "no" / "such").touch() if rank == 1 else None)
     except OSError as error:
         results["failure"] = str(error)
+    try:
+        utils.on_main(lambda: find_checkpoint(Path(folder) / "no"))
+    except UserError as error:
+        results["mistake"] = str(error)
     results["agreed"] = utils.any_rank(rank == 1), utils.any_rank(False), utils.broadcast(rank + 5), utils.gather(rank)
     torch.save(results, Path(folder) / f"rank_{rank}.pt")
     world.close()
@@ -195,4 +199,5 @@ def test_ranks_agree(one_and_two):
     for results in one_and_two[1]:
         assert "parallelism.sharding_strategy = none takes one process, 2 were started" in results["refused"]
         assert "No such file" in results["failure"]
+        assert "no checkpoint here" in results["mistake"]  # rank 0's alone
         assert results["agreed"] == (True, False, 5, [0, 1])
