@@ -43,12 +43,13 @@ from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.states.online import OnlineStates
 from spectitan.trained import load_base, load_speculator_for
 from spectitan.training.allocator import use_huge_pages
-from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, move_aside, read_state
+from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
 from spectitan.training.report_sums import ReportSums
+from spectitan.training.run_folder import begin_run_folder, check_can_be_moved, check_can_be_written
 from spectitan.training.schedule import learning_rate_multiplier
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,10 @@ class Trainer:
             self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
             select_prompts(self.prompts, config.eval, base_config)
             draft_length(self.speculator, config.eval)
-        _check_can_be_written(self.folder)
+        for key, path in _folders_to_write(config).items():
+            check_can_be_written(key, path)
         if config.checkpoint.resume == "never":
-            _check_can_be_moved(self.folder, config.checkpoint.load_path)
+            check_can_be_moved(self.folder, config.checkpoint.load_path)
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run
         self.identity = self._identity(base_config)
@@ -109,7 +111,7 @@ class Trainer:
             self.checkpointer.load(self.checkpoint, self._tensors())
             finished = ", the last: this run is finished" if self.step >= self.total_steps else f" of {self.total_steps}"
             logger.info("resumed from %s at step %d%s", self.checkpoint, self.step, finished)
-        self._begin_folder()
+        begin_run_folder(self.folder, config.to_toml(), config.checkpoint.resume)
         self.metrics = MetricsLogger(config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step)
         self._new_report()
         if "report" in saved:
@@ -120,18 +122,6 @@ class Trainer:
         config = self.config.checkpoint
         own = self.checkpointer.newest_valid() if config.resume == "auto" else None
         return own if own or not config.load_path else find_checkpoint(config.load_path)
-
-    def _begin_folder(self) -> None:
-        moved = move_aside(self.folder) if self.config.checkpoint.resume == "never" else None
-        if moved:
-            logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
-        utils.on_main(self._write_config)
-
-    def _write_config(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "config.toml.tmp"  # the file may be the one that this run was started with
-        temporary.write_text(self.config.to_toml(), encoding="utf-8")
-        temporary.replace(self.folder / "config.toml")
 
     def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
         """Every key of the run, and what the base is: training/identity.py says which may change when a run is resumed."""
@@ -326,18 +316,14 @@ class Trainer:
             return None
 
 
-def _check_can_be_written(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problem = "it may not be written" if existing.is_dir() else "it is no folder"
-        raise UserError(f"job.dump_folder = {str(folder)!r}: {existing}: {problem}")
-
-
-def _check_can_be_moved(folder: Path, load_path: str) -> None:
-    """What must stay where it is may not lie in the folder that checkpoint.resume = never moves aside."""
-    for what, path in (("the working folder", Path.cwd()), ("checkpoint.load_path", Path(load_path) if load_path else None)):
-        if path is not None and path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"job.dump_folder = {str(folder)!r} holds {what}: checkpoint.resume = never cannot move that; use another folder")
+def _folders_to_write(config: Config) -> dict[str, str]:
+    """Key -> folder, of every folder that the run is to write."""
+    folders = {"job.dump_folder": config.job.dump_folder}
+    if config.metrics.loggers and config.metrics.dir:
+        folders["metrics.dir"] = config.metrics.dir
+    if config.export.format != "none" and config.export.path:
+        folders["export.path"] = config.export.path
+    return folders
 
 
 def train(config: Config, stop: StopSignal) -> None:

@@ -1,4 +1,4 @@
-"""Two gloo processes under sharding against one process, by the programs: the same losses, the same weights, one's checkpoints for the other."""
+"""Two gloo processes against one, through the trainer: the same losses and weights, and one's checkpoints for the other."""
 
 import os
 import signal

@@ -1,9 +1,6 @@
 """Mistakes: exit status 2, one line that names the file or key, and nothing that was saved is touched."""
 
-import errno
 import json
-import os
-import pickle
 import shutil
 import struct
 import subprocess
@@ -15,13 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spectitan import evaluate, export, generate, prepare, train
-from spectitan.config.manager import load
-from spectitan.data.loader import build_loader
-from spectitan.data.tokenizer import load_tokenizer, train_bpe
-from spectitan.speculators.base import align_targets
-from spectitan.speculators.registry import SPECULATOR_CONFIGS
-from spectitan.training import checkpoint as checkpoint_module
-from spectitan.training.checkpoint import Checkpointer, read_tensors
+from spectitan.data.tokenizer import train_bpe
 from tests.integration import tiny
 
 PROGRAMS = {"train": train, "evaluate": evaluate, "export": export, "generate": generate, "prepare": prepare}
@@ -42,18 +33,8 @@ def run(world) -> Path:
 
 @pytest.fixture
 def refused(world, run, capsys):
-    """Calls a program, which must refuse in one line, and returns that line."""
-
-    def call(flags: list[str], program: str = "train") -> str:
-        before, files_before = tiny.contents(run), set(world.root.iterdir())
-        capsys.readouterr()
-        assert PROGRAMS[program].main(flags) == 2
-        printed = capsys.readouterr()
-        assert tiny.contents(run) == before and set(world.root.iterdir()) == files_before
-        assert printed.err.count("\n") == 1 and printed.err.startswith(f"spectitan.{program}: "), printed.err
-        return printed.err
-
-    return call
+    """Calls a program, which must refuse in one line and touch nothing, and returns that line."""
+    return lambda flags, program="train": tiny.refusal(PROGRAMS[program], flags, capsys, world.root)
 
 
 # ---- configuration ----
@@ -249,127 +230,6 @@ def test_a_base_that_cannot_be_read(world, run, refused, base, damage, words, pr
     changes = SHORT | ({"checkpoint__resume": "never"} if program == "train" else {"generate__prompt": "def"})
     line = refused(world.flags(run, **changes, base__path=base), program)
     assert all(word in line for word in words), line
-
-
-# ---- checkpoints ----
-
-
-def test_a_checkpoint_of_another_model(world, run, refused, tmp_path):
-    other = tiny.make(tmp_path / "other")
-    assert train.main(other.flags(tmp_path / "run", **SHORT, speculator__n_speculator_heads=2)) == 0
-    line = refused(world.flags(run, **SHORT, checkpoint__resume="never", checkpoint__load_path=tmp_path / "run"))
-    assert "was " in line and "in the checkpoint and is" in line and "data.path" in line
-    line = refused(world.flags(run, **SHORT, checkpoint__resume="never", checkpoint__load_path=tmp_path / "run", data__path=tmp_path / "other" / "data"))
-    assert "speculator.n_speculator_heads was 2 in the checkpoint and is 3 now" in line
-
-
-class Malice:
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.victim),)
-
-
-@pytest.mark.parametrize("program", ["train", "evaluate", "export", "generate"])
-def test_metadata_that_would_run_code(world, run, refused, tmp_path, program):
-    shutil.copytree(run, tmp_path / "run")
-    for folder in (tmp_path / "run" / "checkpoints").iterdir():
-        (folder / ".metadata").write_bytes(pickle.dumps(Malice(tmp_path / "victim")))
-        manifest = json.loads((folder / "manifest.json").read_text())  # whoever sends a checkpoint signs it as well
-        manifest["files"][".metadata"] = checkpoint_module.describe(folder / ".metadata")
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-    changes = SHORT if program == "train" else {"speculator__path": tmp_path / "run", "generate__prompt": "def"}
-    line = refused(world.flags(tmp_path / "run", **changes), program)
-    assert ".metadata" in line and "mkdir" in line and not (tmp_path / "victim").exists()
-
-
-# ---- the disk ----
-
-
-@pytest.mark.parametrize("function", ["write_json", "_write_tensors"])
-def test_a_full_disk_at_a_checkpoint(world, tmp_path, monkeypatch, capsys, function):
-    run, original, calls = tmp_path / "run", getattr(checkpoint_module, function), []
-
-    def full_from_step_4(path, *rest):
-        calls.append(path)
-        if any("step-00000004" in part for part in Path(path).parts):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return original(path, *rest)
-
-    monkeypatch.setattr(checkpoint_module, function, full_from_step_4)
-    assert train.main(world.flags(run, **SHORT)) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert calls and "No space left on device" in line and "step-00000004" in line and "earlier ones are unchanged" in line
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
-    monkeypatch.undo()
-    assert train.main(world.flags(run, **SHORT)) == 0
-    assert [report["step"] for report in tiny.reports(run)] == [2, 4]
-
-
-def test_no_room_for_a_checkpoint(world, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
-    assert train.main(world.flags(tmp_path / "run", **SHORT)) == 2
-    assert "no space left on device" in capsys.readouterr().err
-
-
-def test_a_dump_folder_that_is_a_file(world, refused, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        line = refused(world.flags(folder, **SHORT))
-        assert "job.dump_folder" in line and f"{tmp_path / 'file'}: it is no folder" in line
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-# ---- numbers ----
-
-
-def first_bad(flags: list[str], token: int) -> tuple[int, int]:
-    """Step and head of the first loss with a state that has seen the token, by walking the batches."""
-    config = load(flags, "train", SPECULATOR_CONFIGS)
-    loader = build_loader(config.data, load_tokenizer(config.base.path), seed=config.job.seed, global_batch_size=4, micro_batch_size=4)
-    for step in range(1, 100):
-        batch = next(loader)
-        targets = align_targets(batch, steps=3)
-        documents, tokens = batch.document_ids.flatten(), batch.tokens.flatten()
-        bad = [
-            head
-            for state, head in zip(targets.state.tolist(), targets.step.tolist())
-            if (tokens[: state + 1][documents[: state + 1] == documents[state]] == token).any()
-        ]
-        if bad:
-            return step, min(bad)
-
-
-@pytest.mark.parametrize("report_interval", [1, 50])
-def test_a_loss_that_is_not_finite(world, base, tmp_path, capsys, report_interval):
-    """A base with a NaN in the embedding of one token."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "rare.txt").write_text(tiny.text(50) + "\n# ж ж ж\n" + tiny.text(51), encoding="utf-8")
-    token = load_tokenizer(base).encode("ж")[0]  # its first byte, which stands nowhere else
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.embed_tokens.weight"][token, 5] = float("nan")
-    save_file(tensors, base / "model.safetensors")
-
-    changes = SHORT | {"training__num_steps": 12, "checkpoint__interval": 1, "job__seed": 45, "data__path": tmp_path / "data"}
-    changes |= {"data__holdout": 0, "base__path": base, "metrics__report_interval": report_interval}
-    flags = world.flags(tmp_path / "run", **changes)
-    step, head = first_bad(flags, token)
-    assert 1 < step < 10
-    assert train.main(flags) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"loss of head {head} is not finite at step {step}" in line
-    saved = Checkpointer(tmp_path / "run" / "checkpoints").newest_valid()
-    assert saved.name == f"step-{step - 1:08d}"
-    assert all(tensor.isfinite().all() for tensor in read_tensors(saved).values())
-
-
-def test_a_learning_rate_that_breaks_the_weights(world, tmp_path, capsys):
-    changes = SHORT | {"training__num_steps": 20, "checkpoint__interval": 100, "training__max_grad_norm": 0}
-    assert train.main(world.flags(tmp_path / "run", **changes, optimizer__lr=1e37)) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "is not finite at step" in line and "optimizer.lr" in line
-    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # ---- really started (evaluate, generate and export: in their own tests) ----

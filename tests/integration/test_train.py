@@ -153,7 +153,8 @@ def plain_training(flags: list[str]) -> tuple[torch.nn.Module, list[float]]:
         groups, betas=tuple(config.optimizer.betas), eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay
     )
     size, heads, lookahead = config.training.global_batch_size, 1 if speculator is None else 3, 0 if speculator is None else 1
-    loader = build_loader(config.data, load_tokenizer(config.base.path), seed=config.job.seed, global_batch_size=size, micro_batch_size=size)
+    tokenizer = load_tokenizer(config.base.path)
+    loader = build_loader(config.data, tokenizer, seed=config.job.seed, global_batch_size=size, micro_batch_size=size)
     values = []
     for step in range(config.training.num_steps):
         batch = next(loader)

@@ -69,7 +69,8 @@ class Tiny(NamedTuple):
         if changes.get("speculator__type") != "none":
             changes = {"speculator__speculator_width": 20} | changes
         texts = {name.replace("__", "."): value for name, value in changes.items()}
-        return [f"--job.config_file={self.config}", f"--job.dump_folder={dump_folder}", *(f"--{key}={value}" for key, value in texts.items())]
+        flags = {"job.config_file": self.config, "job.dump_folder": dump_folder} | texts
+        return [f"--{key}={value}" for key, value in flags.items()]
 
 
 def text(number: int) -> str:
@@ -125,6 +126,17 @@ def learned(run: Path) -> list[dict]:
     """The reports without what the clock says."""
     timed = ("tokens_per_second", "waiting", "flops_per_second", "peak_memory")
     return [{key: value for key, value in report.items() if key not in timed} for report in reports(run)]
+
+
+def refusal(program, flags: list[str], capsys, untouched: Path) -> str:
+    """The one line in which a program refuses, with exit status 2; below `untouched` everything stays as it was."""
+    before = contents(untouched)
+    capsys.readouterr()
+    assert program.main(flags) == 2
+    lines = capsys.readouterr().err
+    assert contents(untouched) == before
+    assert lines.count("\n") == 1 and lines.startswith(f"{program.__name__}: "), lines
+    return lines
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
