@@ -1,17 +1,20 @@
 """Fully sharded data parallelism: how the parts of a run are wrapped, and in which precision they are held and computed.
 
 Masters are float32 (float64 when computing in float64), gathered in the compute dtype; gradients are summed, never averaged,
-because losses are already normalised by global counts.
+because losses are already normalised by global counts. On one rank that computes in its masters' precision nothing is wrapped:
+there is nothing to gather, cast or reduce, and each of these would hold another copy of all parameters.
 """
 
 import logging
+import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +61,31 @@ def _shard(
     )
     for unit in (*blocks, module):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    if mesh.size() == 1:
-        return
     for unit in module.modules():
-        if isinstance(unit, FSDPModule):
+        if isinstance(unit, FSDPModule) and mesh.size() == 1:
+            unit.set_custom_reduce_scatter(_OneRankReduction())
+        elif isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other way to a factor of 1
+
+
+class _OneRankReduction(ReduceScatter):
+    """What is summed over one rank is the sum: both get the same memory, where FSDP would copy one into the other."""
+
+    def __init__(self):
+        self.input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP asks for the input's memory, then for the output's, unit after unit."""
+        if self.input is None:
+            self.input = torch.empty(*size, dtype=dtype, device=device)
+            return self.input
+        output, self.input = self.input, None
+        assert output.numel() == math.prod(size) and output.dtype == dtype, f"{output.shape} {output.dtype} for {size} {dtype}"
+        return output
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False) -> None:
+        assert output_tensor is input_tensor
 
 
 def shard_trained(
@@ -74,11 +96,14 @@ def shard_trained(
     Args:
         module: holds full parameters, the same on every rank.
         blocks: its parts that are gathered one at a time; what they leave is gathered with the whole module.
-        mesh: one dimension; of size 1 it only separates masters from compute precision.
+        mesh: one dimension; of size 1 it only separates masters from compute precision, where they differ.
         compute_dtype: dtype of gathered parameters.
         reshard_after_forward: free gathered parameters after the forward and gather them again in the backward.
     """
     cast_parameters(module, master_dtype(compute_dtype))
+    if mesh.size() == 1 and compute_dtype == master_dtype(compute_dtype):
+        module.to(mesh.device_type)
+        return
     _shard(module, blocks, mesh, compute_dtype, reshard_after_forward)
 
 
@@ -120,7 +145,8 @@ def apply_fsdp(
     if not freeze_base:
         # On one process there is no memory to win by gathering twice.
         shard_trained(base, [*base.layers, base.readout], mesh, compute_dtype, reshard_after_forward=mesh.size() > 1)
-        base.readout.set_reshard_after_forward(False)  # used at both ends of the step
+        if isinstance(base.readout, FSDPModule):
+            base.readout.set_reshard_after_forward(False)  # used at both ends of the step
         register_fsdp_forward_method(base.readout, "call")
         logger.info("base: trained, %s masters, sharded over %d, computed in %s", master_dtype(compute_dtype), mesh.size(), compute_dtype)
     elif mesh.size() > 1:
