@@ -24,6 +24,7 @@ from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_da
 from spectitan.data.loader import SAMPLE_BITS, Loader, build_loader
 from spectitan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
 from spectitan.errors import UserError
+from spectitan.files import write_whole
 from spectitan.models.weights import resolve_base_path
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
@@ -70,10 +71,8 @@ def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
     if made < vocab_size:
         raise UserError(f"prepare.tokenizer_vocab_size = {vocab_size}: the text gives {made} tokens only; allowed: at most that")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    temporary = folder / "tokenizer.json.tmp"
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(folder / "tokenizer.json")
+    write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(folder / "tokenizer.json", content)
     logger.info("written: %s", folder / "tokenizer.json")
 
 
@@ -85,7 +84,8 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """
     path, count = Path(config.eval.prompts), config.prepare.num_prompts
     if path.exists() or config.eval.prompts in ("none", "") or config.eval.prompts.startswith("spectitan:"):
-        raise UserError(f"eval.prompts = {config.eval.prompts!r}: prepare.num_prompts writes a new file; allowed: a path where there is none")
+        given = f"eval.prompts = {config.eval.prompts!r}"
+        raise UserError(f"{given}: prepare.num_prompts writes a new file; allowed: a path where there is none")
     datasets, part = validation_datasets(config.data), None if config.data.val_path else HELD_OUT
     if part and not config.data.holdout:
         raise UserError("prepare.num_prompts cuts prompts from held-out text: set data.holdout or data.val_path")
@@ -98,7 +98,7 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
     found = content.count("\n")
     if found < count:
         raise UserError(f"prepare.num_prompts = {count}: the held-out text gives {found} only; allowed: at most that")
-    path.write_text(content, encoding="utf-8")
+    write_whole(path, content)
     logger.info("written: %s, %d prompts", path, count)
 
 

@@ -24,6 +24,7 @@ from spectitan.data.prompts import load_prompts
 from spectitan.data.shards import FORMAT_VERSION, BrokenShards, Shards, ShardWriter
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
+from spectitan.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +150,7 @@ def _content_hash(dataset: Dataset, cache: Path) -> str:
     settled = dataset.newest_change() < time.time() - SETTLED_SECONDS
     content = dataset.content_hash()
     if settled:
-        temporary = cache / f"{memory.name}.{secrets.token_hex(8)}.tmp"
-        temporary.write_text(content)
-        temporary.replace(memory)
+        write_whole(memory, content)
     return content
 
 

@@ -10,7 +10,6 @@ Everything is read through memory maps; nothing grows with the corpus but the fi
 """
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spectitan.data.order import permuted
+from spectitan.files import sync
 
 FORMAT_VERSION = 2
 SHARD_TOKENS = 2**28  # a new file is begun after this many ids
@@ -132,15 +132,6 @@ class ShardWriter:
 def _plain(mapped: np.memmap) -> np.ndarray:
     """The same memory as an array of the base class: slices of a memmap take ten times as long to make."""
     return mapped.view(np.ndarray)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _slices(size: int) -> Iterator[slice]:

@@ -202,7 +202,8 @@ def load_tokenizer(folder: str | Path, model_vocab_size: int | None = None) -> T
     """
     tokenizer = _read_tokenizer(Path(folder))
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_vocab_size}; allowed: at most as many")
+        sizes = f"{tokenizer.vocab_size} tokens, the model {model_vocab_size}"
+        raise UserError(f"{folder}: the tokenizer has {sizes}; allowed: at most as many")
     return tokenizer
 
 

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from spectitan.files import write_whole
+
 # One series needs one hue; text stays in ink.
 _SURFACE, _INK, _MUTED, _GRID, _SERIES = "#fcfcfb", "#0b0b0b", "#52514e", "#e3e2de", "#2a78d6"
 
@@ -15,10 +17,8 @@ def write_report(report: dict, folder: str | os.PathLike) -> Path:
     files = {"report.json": json.dumps(report, indent=2) + "\n"}
     if "acceptance_by_position" in report:
         files["acceptance.svg"] = acceptance_picture(report)
-    for name, content in files.items():  # a reader never sees half a file
-        temporary = folder / (name + ".tmp")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(folder / name)
+    for name, content in files.items():
+        write_whole(folder / name, content)
     return folder / "report.json"
 
 

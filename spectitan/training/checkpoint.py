@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from spectitan.distributed import utils
 from spectitan.errors import UserError
-from spectitan.training.checkpoint_files import describe, find_problem, read_json, step_folders, step_of, sync_folder, write_json
+from spectitan.files import sync
+from spectitan.training.checkpoint_files import describe, find_problem, read_json, step_folders, step_of, write_json
 from spectitan.training.restricted_metadata import RestrictedReader
 
 logger = logging.getLogger(__name__)
@@ -92,12 +93,12 @@ class Checkpointer:
         files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
         files["state.json"] = describe(temporary / "state.json")
         write_json(temporary / "manifest.json", {"format": 1, "files": files})
-        sync_folder(temporary)
+        sync(temporary)
         replaced = self.folder / (_REPLACED + final.name)
         if final.exists():  # a broken one, or one of the steps that a resumed run repeats
             final.rename(replaced)
         temporary.rename(final)
-        sync_folder(self.folder)
+        sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune(final)
 
@@ -164,7 +165,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     Raises:
         UserError: nothing there, or nothing valid.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "manifest.json").is_file():
         problem = find_problem(path)
         if problem is not None:
@@ -244,7 +245,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         with _no_warning_about_one_process():
             dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
     except CheckpointException as failure:
-        error = next(error for error, _ in failure.failures.values())
+        error = _cause(failure)
         if isinstance(error, OSError):
             raise OSError(str(error)) from failure
         raise
@@ -256,8 +257,15 @@ def _read_in_place(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
         with _no_warning_about_one_process():
             dcp.load(tensors, storage_reader=RestrictedReader(path), planner=planner, no_dist=alone or not dist.is_initialized())
     except CheckpointException as failure:
-        error = next(error for error, _ in failure.failures.values())
-        raise UserError(f"{path}: tensors cannot be read: {error}") from failure
+        raise UserError(f"{path}: tensors cannot be read: {_cause(failure)}") from failure
+
+
+def _cause(failure: CheckpointException) -> Exception:
+    """The first rank's error. A stop signal, which torch.distributed.checkpoint catches like an error, is raised again."""
+    error = next(error for error, _ in failure.failures.values())
+    if not isinstance(error, Exception):
+        raise error from None
+    return error
 
 
 @contextlib.contextmanager

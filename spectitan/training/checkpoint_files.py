@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 from spectitan.errors import UserError
+from spectitan.files import sync
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _HASH_BLOCK = 1 << 22
@@ -66,17 +66,5 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     """Returns when it is on the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder durable, where the system lets one open a folder."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    sync(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spectitan.distributed import utils
 from spectitan.errors import UserError
+from spectitan.files import write_whole
 from spectitan.training.checkpoint import move_aside
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,10 @@ def check_can_be_written(key: str, folder: str) -> None:
 
 def check_can_be_moved(folder: Path, load_path: str) -> None:
     """What must stay where it is may not lie in the folder that checkpoint.resume = never moves aside."""
-    for what, path in (("the working folder", Path.cwd()), ("checkpoint.load_path", Path(load_path) if load_path else None)):
+    for what, path in (("the working folder", Path.cwd()), ("checkpoint.load_path", Path(load_path).expanduser() if load_path else None)):
         if path is not None and path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"job.dump_folder = {str(folder)!r} holds {what}: checkpoint.resume = never cannot move that; use another folder")
+            given = f"job.dump_folder = {str(folder)!r} holds {what}"
+            raise UserError(f"{given}: checkpoint.resume = never cannot move that; use another folder")
 
 
 def begin_run_folder(folder: Path, config_toml: str, resume: str) -> None:
@@ -36,6 +38,4 @@ def begin_run_folder(folder: Path, config_toml: str, resume: str) -> None:
 
 def _write(folder: Path, config_toml: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.toml.tmp"  # the file may be the one that this run was started with
-    temporary.write_text(config_toml, encoding="utf-8")
-    temporary.replace(folder / "config.toml")
+    write_whole(folder / "config.toml", config_toml)  # the file may be the one that this run was started with

@@ -53,8 +53,8 @@ ACCIDENTS = [
     (CHECKPOINT, "_write_tensors", 1, True),
     (CHECKPOINT, "write_json", 1),  # of state.json
     (CHECKPOINT, "write_json", 2),  # of manifest.json
-    (CHECKPOINT, "sync_folder", 1),  # before it gets its name
-    (CHECKPOINT, "sync_folder", 2),  # after
+    (CHECKPOINT, "sync", 1),  # before it gets its name
+    (CHECKPOINT, "sync", 2),  # after
     ("spectitan.train", "MetricsLogger.report", 1, True),  # reports that the checkpoint does not know
     ("spectitan.train", "step_if_finite", 2, True),
     (CHECKPOINT, "Checkpointer._prune", 1),
