@@ -53,7 +53,8 @@ def generate_speculative(
         last = following.gather(1, accepted[:, None])[:, 0]
         counts = (accepted + 1) * live
         cache.commit(counts)
-        ended = text.append_round(torch.cat([accepted[:, None], following], 1).tolist())  # the round's one copy to the host
+        # The round's one wait for results; beside it the host reads the cache's lengths, before the base's forward.
+        ended = text.append_round(torch.cat([accepted[:, None], following], 1).tolist())
         round += 1
     return text
 
