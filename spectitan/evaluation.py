@@ -12,7 +12,7 @@ from spectitan.data.corpus import tokenise_training
 from spectitan.data.overlap import count_overlap
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
-from spectitan.data.validation import build_validation
+from spectitan.data.validation import build_validation, check_seq_length
 from spectitan.decoding.acceptance import measure
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
@@ -45,6 +45,8 @@ def evaluate_run(config: Config) -> dict:
     speculator = load_speculator_for(config, base)
     tokenizer = load_tokenizer(base_path, base.config.vocab_size)
     prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
+    if config.eval.loss_samples and (config.data.val_path or config.data.holdout):
+        check_seq_length(config.data, base.config.max_position_embeddings)
     validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)
     if not prompts and not validation:
         raise UserError("nothing to measure: give eval.prompts (acceptance of a speculator), or data.val_path or data.holdout (loss)")

@@ -24,7 +24,7 @@ from spectitan.config.manager import Config
 from spectitan.data.loader import SAMPLE_BITS, build_loader
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
-from spectitan.data.validation import build_validation
+from spectitan.data.validation import build_validation, check_seq_length
 from spectitan.decoding.acceptance import draft_length, measure_acceptance, select_prompts
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
@@ -75,8 +75,7 @@ class Trainer:
         self.base_path = resolve_base_path(config.base.path)
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
         self.tokenizer = load_tokenizer(self.base_path, base_config.vocab_size)
-        if config.data.seq_length > base_config.max_position_embeddings:
-            raise UserError(f"data.seq_length = {config.data.seq_length}: the base allows at most {base_config.max_position_embeddings}")
+        check_seq_length(config.data, base_config.max_position_embeddings)
         self.speculator = build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
         self.prompts = []
         if config.eval.prompts != "none" and config.speculator.type != "none":
@@ -112,7 +111,9 @@ class Trainer:
             finished = ", the last: this run is finished" if self.step >= self.total_steps else f" of {self.total_steps}"
             logger.info("resumed from %s at step %d%s", self.checkpoint, self.step, finished)
         begin_run_folder(self.folder, config.to_toml(), config.checkpoint.resume)
-        self.metrics = MetricsLogger(config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step)
+        self.metrics = MetricsLogger(
+            config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
+        )
         self._new_report()
         if "report" in saved:
             self.sums.load(saved["report"])
@@ -277,7 +278,8 @@ class Trainer:
             # Every rank runs all of these few samples: sharded parameters are gathered by all ranks together.
             sums, counts = heldout_sums(self.speculator, self.source, self.validation, self.base.readout)
             report = heldout_report(self.speculator.metrics, sums, counts)
-            values |= {f"{name}/head_{head}": value for name in ("heldout_loss", "heldout_accuracy") for head, value in enumerate(report[name])}
+            for name in ("heldout_loss", "heldout_accuracy"):
+                values |= {f"{name}/head_{head}": value for head, value in enumerate(report[name])}
         if self.prompts:
             values["acceptance_length"] = utils.on_main(self._acceptance_length)
         self.metrics.evaluation(self.step, values)
@@ -312,7 +314,7 @@ class Trainer:
     def _reported_step(self) -> int | None:
         try:
             return json.loads((self.folder / "report.json").read_text())["step"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or no report of ours
             return None
 
 
@@ -332,6 +334,8 @@ def train(config: Config, stop: StopSignal) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
+    if config.job.deterministic:  # cuBLAS reads the variable when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.job.deterministic)
     world = init_distributed(config.parallelism.sharding_strategy)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 
 from spectitan.errors import UserError
 
@@ -30,6 +31,8 @@ def check_combinations(config: Config, program: str) -> None:
         value = getattr(getattr(config, section), name)
         _require(value == -1 or value > 0, f"{label} = {value}; allowed: -1, or above 0")
     _require(config.job.dump_folder, 'job.dump_folder = ""; allowed: a folder')
+    name = config.job.run_name
+    _require(name in ("", Path(name).name) and name != "..", f"job.run_name = {name!r}; allowed: a name without /")
     _check_data(config)
     if program in ("train", "prepare"):
         _require(config.data.path, f"data.path is missing: {program} needs a file or folder of text, or python:stdlib")

@@ -19,8 +19,8 @@ def key(default, help: str, choices: tuple = (), minimum: float | None = None, a
 @dataclass
 class Job:
     config_file: str = key("", "TOML file with these tables; command-line flags win over it")
-    dump_folder: str = key("outputs", "folder of this run: config.toml, metrics.jsonl, checkpoints/, export/, report.json")
-    run_name: str = key("", "name of the run in loggers")
+    dump_folder: str = key("outputs", "the run's folder: config.toml, metrics.jsonl, evaluations.jsonl, checkpoints/, export/, report.json")
+    run_name: str = key("", "name of the run: sub-folder of TensorBoard's folder, for runs that share metrics.dir")
     seed: int = key(42, "seed of initialisation, sample order and sampling", minimum=0)
     deterministic: bool = key(False, "use deterministic kernels only: the same run gives the same bits")
     threads: int = key(-1, "CPU threads of this process; -1 leaves PyTorch's choice", minimum=-1)
@@ -49,7 +49,7 @@ class Data:
     format: str = key(
         "auto", "text: each file is a document; jsonl: one JSON object a line; auto: by suffix", choices=("auto", "text", "jsonl")
     )
-    suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads")
+    suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads; python:stdlib reads .py")
     text_column: str = key("text", "JSONL key that holds the text")
     datasets: list[str] = key([], "sub-folders of data.path to use, each one dataset; empty: all of data.path as one dataset")
     weights: list[float] = key(

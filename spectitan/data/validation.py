@@ -6,9 +6,16 @@ from spectitan.data.loader import collate
 from spectitan.data.order import SampleOrder
 from spectitan.data.packing import PackedDataset
 from spectitan.data.tokenizer import Tokenizer
+from spectitan.errors import UserError
 from spectitan.types import TokenBatch
 
 _SEED = 0  # the same samples for every run, so that losses can be compared
+
+
+def check_seq_length(data: Data, max_positions: int) -> None:
+    """Raises UserError if a sample is longer than the base's context."""
+    if data.seq_length > max_positions:
+        raise UserError(f"data.seq_length = {data.seq_length}: the base allows at most {max_positions}")
 
 
 def build_validation(data: Data, tokenizer: Tokenizer, num_samples: int, micro_batch_size: int) -> list[TokenBatch]:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a console line a report, a progress bar, TensorBoard, and metrics.jsonl."""
+"""What a run says while it trains: a console line a report, a progress bar, TensorBoard, metrics.jsonl, evaluations.jsonl."""
 
 import json
 import logging
@@ -8,12 +8,14 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from spectitan.config.sections import Metrics
 from spectitan.distributed import utils
 from spectitan.errors import UserError
+from spectitan.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -24,26 +26,28 @@ _PEAK_FLOPS = {"B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989
 class MetricsLogger:
     """Writes reports; on ranks other than 0 it does nothing.
 
-    metrics.jsonl has one object a report; on resume it is cut back to the checkpoint, so that every step appears once.
+    metrics.jsonl has one object a report, evaluations.jsonl one an evaluation. On resume both are cut back to the checkpoint,
+    so that every step appears once. What cannot be written is an OSError on every rank.
 
     Args:
-        config: loggers beside console and metrics.jsonl, and their folder.
+        config: loggers beside console and the two files, and their folder.
         folder: the run's dump_folder.
         total_steps: of the whole run.
         start_step: steps done before this process.
+        run_name: sub-folder of TensorBoard's folder, so that runs can share one.
     """
 
-    def __init__(self, config: Metrics, folder: str | os.PathLike, *, total_steps: int, start_step: int):
-        self.total_steps, self.file, self.tensorboard, self.bar = total_steps, None, None, None
-        utils.on_main(lambda: self._open(config, Path(folder), start_step))
+    def __init__(self, config: Metrics, folder: str | os.PathLike, *, total_steps: int, start_step: int, run_name: str = ""):
+        self.folder, self.total_steps, self.file, self.tensorboard, self.bar = Path(folder), total_steps, None, None, None
+        utils.on_main(lambda: self._open(config, start_step, run_name))
 
-    def _open(self, config: Metrics, folder: Path, start_step: int) -> None:
-        path = folder / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_after(path, start_step)
-        self.file = open(path, "a", encoding="utf-8")
+    def _open(self, config: Metrics, start_step: int, run_name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            truncate_after(self.folder / name, start_step)
+        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         if "tensorboard" in config.loggers:
-            self.tensorboard = _open_tensorboard(config.dir or folder / "tensorboard", start_step)
+            self.tensorboard = _open_tensorboard(Path(config.dir or self.folder / "tensorboard") / run_name, start_step)
         if sys.stderr.isatty():
             self.bar = ProgressBar(self.total_steps, start_step)
         self.peak_flops = device_peak_flops()
@@ -84,14 +88,13 @@ class MetricsLogger:
             flops_per_second: useful ones, over all ranks.
             per_head: means over supervised targets, one number a head: loss and accuracy at least.
         """
-        if self.file is None:
-            return
         memory = peak_memory()
         scalars = {"lr": lr, "grad_norm": grad_norm, "supervised_tokens": supervised_tokens, "tokens_per_second": tokens_per_second}
         scalars |= {"waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
         record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
-        self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self.file.flush()
+        utils.on_main(lambda: _append(self.file, record))
+        if self.file is None:
+            return
         if self.tensorboard:
             for name, value in scalars.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -118,9 +121,12 @@ class MetricsLogger:
         return " | ".join(parts)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """An evaluation's results, by name: console and TensorBoard."""
-        if self.file is None:
-            return
+        """An evaluation's results, by name: console, TensorBoard and evaluations.jsonl."""
+        utils.on_main(lambda: self._evaluation(step, values))
+
+    def _evaluation(self, step: int, values: dict[str, float]) -> None:
+        with open(self.folder / "evaluations.jsonl", "a", encoding="utf-8") as file:
+            _append(file, {"step": step, **values})
         logger.info("step %d evaluation | %s", step, " | ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if self.tensorboard:
             for name, value in values.items():
@@ -161,16 +167,14 @@ class ProgressBar:
 
 
 def truncate_after(path: str | os.PathLike, step: int) -> None:
-    """Removes the reports after `step` from a metrics.jsonl, and lines that a crash left half-written."""
+    """Removes the records after `step` from a file of JSON lines, and lines that a crash left half-written."""
     path = Path(path)
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        write_whole(path, b"".join(kept).decode())
 
 
 def _step_of(line: bytes) -> float:
@@ -178,6 +182,11 @@ def _step_of(line: bytes) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _append(file: TextIO, record: dict) -> None:
+    file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+    file.flush()
 
 
 def _finite(value):

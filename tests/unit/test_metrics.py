@@ -40,6 +40,21 @@ def test_every_step_appears_once_after_a_resume(tmp_path):
     assert records[0]["tokens_by_dataset"] == {"a": 60, "b": 40} and records[0]["sample_hash"] == "00ff"
 
 
+def test_evaluations_are_kept_and_appear_once_after_a_resume(tmp_path):
+    first = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=0)
+    first.evaluation(10, {"heldout_loss/head_0": 2.5, "acceptance_length": 1.5})
+    first.evaluation(20, {"heldout_loss/head_0": 2.25})
+    first.close()
+    second = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=10)
+    second.evaluation(20, {"heldout_loss/head_0": math.inf})
+    second.close()
+    records = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert records == [
+        {"step": 10, "heldout_loss/head_0": 2.5, "acceptance_length": 1.5},
+        {"step": 20, "heldout_loss/head_0": None},
+    ]
+
+
 def test_truncate_after_leaves_a_good_file_untouched(tmp_path):
     path = tmp_path / "metrics.jsonl"
     truncate_after(path, 5)  # no file yet
@@ -72,11 +87,11 @@ def test_tensorboard_has_every_number_and_none_twice_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing import event_accumulator as accumulator
 
     for start, steps in ((0, (10, 20)), (10, (20, 30))):
-        logger = MetricsLogger(Metrics(), tmp_path, total_steps=30, start_step=start)
+        logger = MetricsLogger(Metrics(), tmp_path, total_steps=30, start_step=start, run_name="mine")
         for step in steps:
             logger.report(**report(step, loss=float(step + start)))
         logger.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "mine"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss/head_0")] == [(10, 10.0), (20, 30.0), (30, 40.0)]
     assert {"lr", "grad_norm", "tokens_per_second", "accuracy/head_1", "peak_memory"} <= set(events.Tags()["scalars"])

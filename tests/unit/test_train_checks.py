@@ -1,0 +1,45 @@
+"""What train refuses before it does any work."""
+
+import pytest
+
+from spectitan import train
+from spectitan.config.manager import load
+from spectitan.config.sections import Data
+from spectitan.data.validation import check_seq_length
+from spectitan.errors import UserError
+from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.training.run_folder import check_can_be_written
+
+
+def config_of(**changes):
+    flags = {"base.path": "base", "data.path": "data", "training.num_steps": "5"}
+    flags |= {key.replace("__", "."): value for key, value in changes.items()}
+    return load([f"--{key}={value}" for key, value in flags.items()], "train", SPECULATOR_CONFIGS)
+
+
+@pytest.mark.parametrize("key", ["job.dump_folder", "metrics.dir", "export.path"])
+def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
+    (tmp_path / "file").write_text("mine")
+    folders = train._folders_to_write(config_of(**{key: tmp_path / "file" / "sub"}))
+    with pytest.raises(UserError, match=f"^{key} = .*sub.: .*file: it is no folder$"):
+        check_can_be_written(key, folders[key])
+    check_can_be_written(key, str(tmp_path / "new" / "sub"))
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_not_written_are_not_checked():
+    unused = config_of(job__dump_folder="run", metrics__dir="logs", metrics__loggers="", export__path="out", export__format="none")
+    assert train._folders_to_write(unused) == {"job.dump_folder": "run"}
+
+
+def test_samples_longer_than_the_context():
+    check_seq_length(Data(seq_length=64), 64)
+    with pytest.raises(UserError, match="^data.seq_length = 65: the base allows at most 64$"):
+        check_seq_length(Data(seq_length=65), 64)
+
+
+@pytest.mark.parametrize("name", ["../other", "/tmp", "..", "a/b", "."])
+def test_a_run_name_is_a_name(name):
+    assert config_of(job__run_name="first try").job.run_name == "first try"
+    with pytest.raises(UserError, match="job.run_name = .*; allowed: a name without /"):
+        config_of(job__run_name=name)
