@@ -93,4 +93,16 @@ def slow_evaluation() -> None:
     """Drafting and verifying take a minute."""
     from spectitan.decoding import acceptance
 
-    acceptance.decode_all = lambda *args: time.sleep(60)
+    acceptance.decode_all = _long_work
+
+
+def slow_loading() -> None:
+    """Reading the tensors of a checkpoint takes a minute."""
+    from spectitan.training.restricted_metadata import RestrictedReader
+
+    RestrictedReader.read_data = _long_work
+
+
+def _long_work(*args) -> None:
+    print("long work has begun")
+    time.sleep(60)

@@ -127,15 +127,26 @@ def test_a_stop_while_tokenising(world, tmp_path):
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def stop_long_work(process, output: Path) -> None:
+    wait_for(lambda: output.exists() and "long work has begun" in output.read_text(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM and output.read_text().endswith("stopped by SIGTERM\n"), output.read_text()
+
+
+def test_a_stop_while_loading(world, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = tiny.contents(tmp_path / "run")
+    process = processes.start("train", world.flags(tmp_path / "run", **RUN), tmp_path / "output", before=processes.slow_loading)
+    stop_long_work(process, tmp_path / "output")
+    assert tiny.contents(tmp_path / "run") == before
+
+
 def test_a_stop_while_evaluating_leaves_a_run_that_is_evaluated_later(world, whole, tmp_path, logged):
     shutil.copytree(whole, tmp_path / "run")
     flags = world.flags(tmp_path / "run", **RUN | {"eval__at_end": "true", "export__format": "auto"})
     process = processes.start("train", flags, tmp_path / "output", before=processes.slow_evaluation)
-    wait_for(lambda: (tmp_path / "output").exists() and "finished" in (tmp_path / "output").read_text(), process)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(10)
-    assert process.exitcode == 128 + signal.SIGTERM
+    stop_long_work(process, tmp_path / "output")
     assert not (tmp_path / "run" / "report.json").exists() and not (tmp_path / "run" / "export").exists()
 
     assert train.main(flags) == 0
