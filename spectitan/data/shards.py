@@ -10,6 +10,7 @@ Everything is read through memory maps; nothing grows with the corpus but the fi
 """
 
 import json
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ class Shards:
                 _plain(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in ("offsets", "order", "stream")
             )
             self.token_files = [self.folder / name for name in sorted(self.meta["files"]) if name.startswith("tokens-")]
-            self.tokens = [_plain(np.memmap(path, dtype=self.meta["dtype"], mode="r")) for path in self.token_files]
+            self.tokens = [_map_tokens(path, self.meta["dtype"]) for path in self.token_files]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BrokenShards(f"{self.folder}: {error}") from None
         self._file_starts = np.cumsum([0] + [len(tokens) for tokens in self.tokens]).tolist()
@@ -127,6 +128,14 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _map_tokens(path: Path, dtype: str) -> np.ndarray:
+    """The ids of a file, mapped. Samples lie anywhere in it: reading ahead would fetch many times what is used."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
 
 
 def _plain(mapped: np.memmap) -> np.ndarray:
