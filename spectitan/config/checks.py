@@ -18,7 +18,6 @@ _NOT_ZERO = (
     "training.epochs",
     "training.global_batch_size",
     "objective.chunk_rows",
-    "lr_scheduler.stage2_start_step",
     "eval.num_prompts",
     "eval.num_draft_tokens",
 )

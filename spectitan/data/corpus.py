@@ -183,7 +183,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
     found, num_bytes = Found(), 0
-    begin, end = (np.array([] if i is None else [i], np.uint32) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    begin, end = np.split(np.array(tokenizer.document([]), np.uint32), [len(tokenizer.prompt([]))])
     writer = ShardWriter(folder, tokenizer.vocab_size)
     title = f"tokenising {dataset.name}" + (f" ({part})" if part == HELD_OUT else "")
     try:

@@ -63,7 +63,6 @@ class Attention(nn.Module):
         hidden_size, num_heads, num_kv_heads, head_dim: shape.
         qkv_bias, output_bias: biases of the projections.
         qk_norm_eps: epsilon of an RMS norm on each head's queries and keys (Qwen3); None for none.
-        input_size: width of what it reads, if it is not hidden_size.
     """
 
     def __init__(
@@ -75,13 +74,12 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
-        input_size: int | None = None,
     ):
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(input_size or hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(input_size or hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(input_size or hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
         self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
         self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)

@@ -273,6 +273,7 @@ def test_what_other_programs_need(program, flags, named):
         ("prepare", ["--base.path", "b", "--data.path", "d"]),
         ("train", [*TRAINED, "--training.epochs=0.1", "--speculator.type=none", "--base.freeze=false", "--base.init=random"]),
         ("train", [*TRAINED, "--training.num_steps=9", "--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=8"]),
+        ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=0"]),
     ],
 )
 def test_what_is_enough(program, flags):
