@@ -45,7 +45,7 @@ from spectitan.trained import load_base, load_speculator_for
 from spectitan.training.allocator import use_huge_pages
 from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
-from spectitan.training.identity import check_identity
+from spectitan.training.identity import check_identity, warn_of_other_text
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
 from spectitan.training.report_sums import ReportSums
@@ -99,6 +99,7 @@ class Trainer:
             config.data, self.tokenizer, seed=config.job.seed, global_batch_size=self.global_batch_size,
             micro_batch_size=micro_batch_size, rank=world.rank, world_size=ranks, position=saved["position"],
         )  # fmt: skip
+        warn_of_other_text(saved.get("data", {}), self.loader.fingerprints)
         self.batches = iter(self.loader)
         self.total_steps = config.training.num_steps
         if self.total_steps == -1:
@@ -265,7 +266,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._refuse_bad()
-        state = {"position": self.step * self.global_batch_size, "identity": self.identity, "report": self.sums.state()}
+        state = {"position": self.step * self.global_batch_size, "identity": self.identity, "data": self.loader.fingerprints}
+        state["report"] = self.sums.state()
         self.checkpoint = self.checkpointer.save(self.step, self._tensors(), state)
         logger.info("saved %s", self.checkpoint)
 

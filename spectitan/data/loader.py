@@ -72,6 +72,7 @@ class Loader:
         datasets: names, by the number that sample_ids begin with.
         counts: for each dataset {"documents", "tokens", "bytes", "samples", "held_out", "dropped": {reason: documents}, "skipped": names}.
         shares: share of each dataset in the samples.
+        fingerprints: of each dataset's tokenised text: another if the files, the tokenizer or the choice of documents are; "" for none.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Loader:
         self.samples_per_epoch = sum(sizes)
         self.datasets = [dataset.name for dataset in datasets]
         self.counts = {dataset.name: _counts(dataset, size) for dataset, size in zip(datasets, sizes)}
+        self.fingerprints = {dataset.name: dataset.shards.folder.name if dataset.shards else "" for dataset in datasets}
         self.shares = {name: weight / sum(weights) for name, weight in zip(self.datasets, weights)}
         self._global_batch_size = global_batch_size
         self._micro_batches = global_batch_size // (world_size * micro_batch_size)

@@ -25,7 +25,7 @@ MUST_MATCH = (
 )
 
 
-def check_identity(saved: dict[str, object], current: dict[str, object], must_match: tuple[str, ...] = MUST_MATCH) -> None:
+def check_identity(saved: dict[str, object], current: dict[str, object]) -> None:
     """Refuses to continue a run whose meaning has changed; logs every other key that has.
 
     A key that the checkpoint does not know is new since the version that wrote it, and only logged.
@@ -33,10 +33,9 @@ def check_identity(saved: dict[str, object], current: dict[str, object], must_ma
     Args:
         saved: `section.key` -> JSON value, of the checkpoint.
         current: the same of this run.
-        must_match: keys, or tables ("speculator."), that may not differ.
 
     Raises:
-        UserError: names the first such key, what it was and what it is.
+        UserError: names the first key of MUST_MATCH that differs, what it was and what it is.
     """
     absent = object()
     changed = []
@@ -46,7 +45,7 @@ def check_identity(saved: dict[str, object], current: dict[str, object], must_ma
             continue
         was, now = ("absent" if value is absent else repr(value) for value in (was, now))
         known = key in saved
-        if known and (key in must_match or any(table.endswith(".") and key.startswith(table) for table in must_match)):
+        if known and (key in MUST_MATCH or any(table.endswith(".") and key.startswith(table) for table in MUST_MATCH)):
             raise UserError(
                 f"{key} was {was} in the checkpoint and is {now} now: "
                 "set it back, use another job.dump_folder, or checkpoint.resume = never"
@@ -54,6 +53,21 @@ def check_identity(saved: dict[str, object], current: dict[str, object], must_ma
         changed.append(f"{key}: {was} -> {now}")
     if changed:
         logger.info("changed since the checkpoint: %s", "; ".join(changed))
+
+
+def warn_of_other_text(saved: dict[str, str], current: dict[str, str]) -> None:
+    """Says which datasets are not what they were when the checkpoint was written: the run goes on, its order of samples does not.
+
+    Args:
+        saved: dataset -> fingerprint of its tokenised text, of the checkpoint.
+        current: the same of this run.
+    """
+    changed = [name for name in current if saved.get(name, current[name]) != current[name]]
+    if changed:
+        logger.warning(
+            "the text of %s is not what it was when the checkpoint was written: some samples may come twice, others never",
+            ", ".join(changed),
+        )
 
 
 def _plain(value: object) -> object:

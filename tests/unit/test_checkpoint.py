@@ -19,7 +19,7 @@ from spectitan.distributed.mesh import init_distributed
 from spectitan.distributed.utils import backward, clip_grad_norm
 from spectitan.errors import UserError
 from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, move_aside, read_state, read_tensors
-from spectitan.training.identity import check_identity
+from spectitan.training.identity import check_identity, warn_of_other_text
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
 from spectitan.training.restricted_metadata import RestrictedReader
 
@@ -375,6 +375,14 @@ def test_identity_names_the_key_and_logs_the_rest(caplog):
         check_identity(saved, saved | {"speculator.width": 8})
     with pytest.raises(UserError, match=r"data.weights was \[0.5, 0.5\] in the checkpoint and is absent now"):
         check_identity(saved, {key: value for key, value in saved.items() if key != "data.weights"})
+
+
+def test_other_text_is_said_and_allowed(caplog):
+    warn_of_other_text({"a": "1", "b": "2"}, {"a": "1", "b": "2"})
+    warn_of_other_text({}, {"a": "1"})  # a checkpoint that does not say
+    assert caplog.text == ""
+    warn_of_other_text({"a": "1", "b": "2"}, {"a": "1", "b": "3"})
+    assert "the text of b is not what it was" in caplog.text
 
 
 def test_state_json_that_is_no_json_is_one_line(three):

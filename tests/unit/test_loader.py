@@ -241,3 +241,13 @@ def test_workers_leave_signals_to_the_trainer(folder):
     process = start(survive_signals, folder)
     process.join()
     assert process.exitcode == 0
+
+
+def test_fingerprints_say_which_text_has_changed(tmp_path):
+    write_texts(tmp_path / "text", {"a/1.txt": text(1), "b/1.txt": text(2), "c/1.txt": text(3)})
+    data = make_data(tmp_path, datasets=["a", "b", "c"], weights=[1.0, 1.0, 0.0])
+    before = load(data).fingerprints
+    assert load(data, seed=SEED + 1).fingerprints == before and before["a"] != before["b"] and before["c"] == ""
+    write_texts(tmp_path / "text", {"b/1.txt": text(4), "c/1.txt": text(5)})
+    after = load(data).fingerprints
+    assert {name for name in before if before[name] != after[name]} == {"b"}
