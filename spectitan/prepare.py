@@ -7,10 +7,10 @@
 
 import json
 import logging
-import queue
+import multiprocessing
+import signal
 import sys
-import threading
-from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
             )
     used = [dataset for dataset, weight in zip(datasets, data.weights or [1.0] * len(datasets)) if weight > 0]
     logger.info("training a tokenizer of %d tokens on %.1f MB", vocab_size, sum(dataset.num_bytes() for dataset in used) / 1e6)
-    content = _in_background(lambda: train_bpe(_texts(used, data), vocab_size))
+    content = _in_a_process(_train_tokenizer, used, data, vocab_size)
     made = len(json.loads(content)["model"]["vocab"])
     if made < vocab_size:
         raise UserError(f"prepare.tokenizer_vocab_size = {vocab_size}: the text gives {made} tokens only; allowed: at most that")
@@ -102,27 +102,37 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
     logger.info("written: %s, %d prompts", path, count)
 
 
-def _texts(datasets: list[Dataset], data: Data) -> Iterator[str]:
-    for dataset in datasets:
-        for document in read_documents(dataset, data, TRAINING, Found()):
-            yield document.text
+def _train_tokenizer(datasets: list[Dataset], data: Data, vocab_size: int) -> str:
+    return train_bpe((document.text for dataset in datasets for document in read_documents(dataset, data, TRAINING, Found())), vocab_size)
 
 
-def _in_background(work):
-    """work() in a thread, so that a signal ends the program at once: the library would finish its training first."""
-    results: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((work(), None))
-        except Exception as error:
-            results.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    result, error = results.get()
+def _in_a_process(function, *arguments):
+    """function(*arguments) in a process, so that a signal can end it: the library's training hears none, and a thread cannot be ended."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sending, function, arguments), daemon=True)
+    process.start()
+    sending.close()
+    try:
+        result, error = receiving.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that trains the tokenizer ended with status {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
     if error is not None:
         raise error
     return result
+
+
+def _send_result(sending: Connection, function, arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program ends this process
+    try:
+        result = function(*arguments), None
+    except Exception as error:
+        result = None, error
+    sending.send(result)
 
 
 def table(loader: Loader, held_out: list[TokenisedDataset]) -> str:

@@ -44,9 +44,9 @@ def counts_by_definition(weights: list[Fraction], n: int) -> list[int]:
 
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.3, 0.15, 0.05], [1, 0, 2], [0.1] * 7, [1e-3, 1, 1e-5], [3.0, 1.0, 1.0]])
 def test_every_prefix_has_the_shares_of_the_weights(weights):
-    order, counts = SampleOrder([5] * len(weights), weights, 1), [0] * len(weights)
+    order, counts = SampleOrder([500] * len(weights), weights, 1), [0] * len(weights)
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    for n in range(1500):
+    for n in range(600):
         counts[order[n].dataset] += 1
         assert counts == counts_by_definition(exact, n + 1)
 
