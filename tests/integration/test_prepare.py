@@ -117,7 +117,7 @@ def test_a_tokenizer_is_made_of_the_training_part(folder, capsys):
 )
 def test_a_mistake_is_one_line_and_status_2(folder, capsys, changes, message):
     before = {path: path.stat().st_mtime_ns for path in (folder / "text").rglob("*")}
-    changes = {key: value.format(folder=folder) if isinstance(value, str) and "folder" in value else value for key, value in changes.items()}
+    changes = {key: str(value).format(folder=folder) for key, value in changes.items()}
     assert main(flags(folder, **changes)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("spectitan.prepare: ") and message.format(folder=folder) in line
