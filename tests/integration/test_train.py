@@ -30,7 +30,7 @@ def world(tmp_path_factory) -> tiny.Tiny:
 @pytest.fixture(scope="module")
 def base_run(world):
     """A base trained from random weights, and exported."""
-    changes = tiny.BASE_ALONE | {"training__num_steps": 45, "checkpoint__interval": 100, "metrics__report_interval": 15}
+    changes = tiny.BASE_ALONE | {"training__num_steps": 90, "checkpoint__interval": 100, "metrics__report_interval": 30}
     assert train.main(world.flags(world.root / "base_run", **changes)) == 0
     return world.root / "base_run"
 
@@ -53,14 +53,14 @@ def test_a_base_alone_is_trained_and_transformers_reads_it(base_run):
     assert last[0] < 0.6 * first[0]
     model = AutoModelForCausalLM.from_pretrained(base_run / "export", dtype=torch.float32)
     ours = get_model("embedllama", "auto", base_run / "export")
-    saved = read_tensors(tiny.checkpoint(base_run, 45), "base.")
+    saved = read_tensors(tiny.checkpoint(base_run, 90), "base.")
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, saved[name].bfloat16().float()), name
     tokens = torch.randint(0, tiny.VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours.readout.logits(ours(tokens).final), model(tokens).logits, rtol=1e-4, atol=1e-5)
     report = json.loads((base_run / "report.json").read_text())
-    assert report["step"] == 45 and report["base_heldout_loss"] < 3 and "acceptance_length" not in report
+    assert report["step"] == 90 and report["base_heldout_loss"] < 3 and "acceptance_length" not in report
 
 
 def test_a_run_leaves_what_it_promises(world, run):
