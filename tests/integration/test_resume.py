@@ -92,7 +92,7 @@ def test_kill_9_at_a_random_time(world, whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_saves_the_step_in_hand(world, whole, tmp_path, number):
     flags, run = world.flags(tmp_path / "run", **RUN | {"checkpoint__interval": 100}), tmp_path / "run"
-    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.06))
+    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.3))
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 2, process)
     os.kill(process.pid, number)
     process.join(30)
@@ -107,7 +107,7 @@ def test_a_stop_saves_the_step_in_hand(world, whole, tmp_path, number):
 
 def test_usr1_saves_at_once_and_training_goes_on(world, whole, tmp_path):
     flags, run = world.flags(tmp_path / "run", **RUN | {"checkpoint__interval": 100}), tmp_path / "run"
-    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.06))
+    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.3))
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 1, process)
     os.kill(process.pid, signal.SIGUSR1)
     process.join(30)
