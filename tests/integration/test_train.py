@@ -214,16 +214,16 @@ def test_kl_divergence_to_the_base_falls(world, base_run, tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 1.3])
 def test_epochs_are_passes_over_the_samples(world, tmp_path, epochs):
-    changes = {"training__num_steps": -1, "training__epochs": epochs, "data__holdout": 0, "eval__loss_samples": 0}
+    changes = {"training__num_steps": -1, "training__epochs": epochs, "data__seq_length": 61, "data__holdout": 0}
     assert train.main(world.flags(tmp_path / "run", **NO_END, **changes)) == 0
     tokenizer = load_tokenizer(world.root / "base")
     texts = [path.read_text(encoding="utf-8") for path in (world.root / "data").iterdir()]
     tokens = sum(len(tokenizer.document(tokenizer.encode(text))) for text in texts)
-    steps = math.ceil(epochs * math.ceil(tokens / 31) / 4)
+    steps = math.ceil(epochs * math.ceil(tokens / 61) / 4)
     reports = tiny.reports(tmp_path / "run")
     assert reports[-1]["step"] == steps
     if epochs == 1:  # the last step begins a second pass
-        assert tokens <= sum(sum(report["tokens_by_dataset"].values()) for report in reports) <= tokens + 3 * 31
+        assert tokens <= sum(sum(report["tokens_by_dataset"].values()) for report in reports) <= tokens + 3 * 61
 
 
 def test_workers_and_evaluations_on_the_way_change_nothing(world, tmp_path, caplog):
