@@ -13,7 +13,7 @@ from spectitan.data.overlap import count_overlap
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
 from spectitan.data.validation import build_validation, check_seq_length
-from spectitan.decoding.acceptance import measure
+from spectitan.decoding.acceptance import measure, measure_acceptance
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.decoding.report import table, write_report
@@ -91,6 +91,14 @@ def evaluate_models(
             source = OnlineStates(base, speculator.taps, frozen=True)
             report |= heldout_report(speculator.metrics, *heldout_sums(speculator, source, validation, base.readout))
     return report
+
+
+def checkpoint_acceptance(config: Config, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], device: torch.device) -> float:
+    """Acceptance length of the checkpoint at `speculator.path`, with its base, in float32. Of one process alone."""
+    base, _ = load_base(config, torch.float32)
+    speculator = load_speculator_for(config, base.to(device))
+    eos = eos_ids(base.config, tokenizer.eos_id)
+    return measure_acceptance(base, speculator, prompts, config.eval, eos_id=eos, seed=config.job.seed)["acceptance_length"]
 
 
 def training_overlap(data: Data, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> int | None:

@@ -1,13 +1,11 @@
 """Trains a speculator for a base model, or a base alone: the loop, readable from top to bottom.
 
-    torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
-    python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
+torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
+python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
 """
 
 import contextlib
 import copy
-import dataclasses
-import json
 import logging
 import math
 import os
@@ -25,15 +23,14 @@ from spectitan.data.loader import SAMPLE_BITS, build_loader
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.data.validation import build_validation, check_seq_length
-from spectitan.decoding.acceptance import draft_length, measure_acceptance, select_prompts
-from spectitan.decoding.generation import eos_ids
+from spectitan.decoding.acceptance import draft_length, select_prompts
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_gradient_sync
 from spectitan.distributed.mesh import Distributed, init_distributed
 from spectitan.errors import UserError
-from spectitan.evaluation import evaluate_run
-from spectitan.exporting import export_run
+from spectitan.evaluation import checkpoint_acceptance
+from spectitan.finishing import finish_run, folders_to_write
 from spectitan.keyed_random import hash_keys
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
@@ -41,14 +38,13 @@ from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.states.online import OnlineStates
-from spectitan.trained import load_base, load_speculator_for
 from spectitan.training.allocator import use_huge_pages
 from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
-from spectitan.training.identity import check_identity, warn_of_other_text
+from spectitan.training.identity import check_identity, run_identity, warn_of_other_text
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
-from spectitan.training.report_sums import ReportSums
+from spectitan.training.reporter import Reporter
 from spectitan.training.run_folder import begin_run_folder, check_can_be_moved, check_can_be_written
 from spectitan.training.schedule import learning_rate_multiplier
 
@@ -82,7 +78,7 @@ class Trainer:
             self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
             select_prompts(self.prompts, config.eval, base_config)
             draft_length(self.speculator, config.eval)
-        for key, path in _folders_to_write(config).items():
+        for key, path in folders_to_write(config).items():
             check_can_be_written(key, path)
         if config.checkpoint.resume == "never":
             check_can_be_moved(self.folder, config.checkpoint.load_path)
@@ -115,9 +111,12 @@ class Trainer:
         self.metrics = MetricsLogger(
             config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
         )
-        self._new_report()
+        self.reporter = Reporter(
+            self.metrics, [f"head {head}" for head in range(self.speculator.steps)], self.speculator.metrics, self.loader.datasets,
+            self.global_batch_size * config.data.seq_length, self._flops, master_dtype(self.compute_dtype), self.device, self.step,
+        )  # fmt: skip
         if "report" in saved:
-            self.sums.load(saved["report"])
+            self.reporter.sums.load(saved["report"])
 
     def _starting_point(self) -> Path | None:
         """The checkpoint to go on from: this run's newest valid one, else checkpoint.load_path's, else none."""
@@ -126,15 +125,9 @@ class Trainer:
         return own if own or not config.load_path else find_checkpoint(config.load_path)
 
     def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
-        """Every key of the run, and what the base is: training/identity.py says which may change when a run is resumed."""
-        config = self.config
-        tables = dataclasses.asdict(config)
-        keys = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
-        del keys["job.config_file"], keys["speculator.path"]
-        keys |= {f"base.config.{name}": value for name, value in base_config.identity().items()}
-        keys["base.identity"] = "random" if config.base.init == "random" else fingerprint(self.base_path)
-        keys["base.tokenizer"] = self.tokenizer.fingerprint
-        return keys | {"training.global_batch_size": self.global_batch_size}
+        base_weights = "random" if self.config.base.init == "random" else fingerprint(self.base_path)
+        identity = run_identity(self.config, base_config.identity(), base_weights, self.tokenizer.fingerprint)
+        return identity | {"training.global_batch_size": self.global_batch_size}
 
     def _build_model(self) -> None:
         config = self.config
@@ -177,7 +170,7 @@ class Trainer:
             waited = time.perf_counter()
             batches = [self.source.begin(next(self.batches)) for _ in range(self.accumulation)]
             targets = [self.speculator.align(batch) for batch in batches]
-            self.seconds_waiting += time.perf_counter() - waited
+            self.reporter.seconds_waiting += time.perf_counter() - waited
             denominators, stopping, saving = self._agree(batches, targets, stop)
             if stopping:
                 stop.requested = stop.requested or signal.SIGTERM  # another rank's: all end together
@@ -186,7 +179,7 @@ class Trainer:
             self.step += 1
             self.metrics.advance(self.step)
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
-                self._report()
+                self.reporter.report(self.step, self.learning_rate, self.grad_norm)
             if saving or self.step % self.config.checkpoint.interval == 0:
                 self._save()
                 saved_at = self.step
@@ -206,7 +199,7 @@ class Trainer:
         stopping, saving = bool(summed[0]), bool(summed[1])
         counts, tokens = summed[3 : 3 + len(counts)], summed[3 + len(counts) :]
         if not stopping:
-            self.sums.add_samples(counts, tokens, int(summed[2]))
+            self.reporter.sums.add_samples(counts, tokens, int(summed[2]))
         return counts, stopping, saving
 
     def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
@@ -217,61 +210,24 @@ class Trainer:
             states = self.source.states(batch)
             loss = self.speculator(batch, states, target, denominators, self.base.readout)
             utils.backward(loss.total)
-            self.sums.add_losses(loss.sums, self.step + 1)
+            self.reporter.sums.add_losses(loss.sums, self.step + 1)
         self.grad_norm = utils.clip_grad_norm(self.trained.parameters(), self.config.training.max_grad_norm)
         self.learning_rate = self.config.optimizer.lr * learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler)
         step_if_finite(self.optimizer, self.learning_rate, self.grad_norm)
 
-    # ---- reports and checkpoints ----
+    # ---- checkpoints and evaluation ----
 
-    def _new_report(self) -> None:
-        shape = self.speculator.steps, len(self.speculator.metrics)
-        self.sums = ReportSums(shape, len(self.loader.datasets), master_dtype(self.compute_dtype), self.device, self.step)
-        self.seconds_waiting, self.timed_from, self.timed_step = 0.0, time.perf_counter(), self.step
-
-    def _report(self) -> None:
-        self._refuse_bad()
-        sums, counts = self.sums.total(), self.sums.counts  # the one place where the host waits for the device
-        seconds, steps = time.perf_counter() - self.timed_from, self.step - self.sums.first_step
-        tokens = steps * self.global_batch_size * self.config.data.seq_length
-        here = (self.step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
-        means = sums[:, :4] / counts.clamp_min(1)[:, None]
-        self.metrics.report(
-            step=self.step,
-            lr=self.learning_rate,
-            **dict(zip(self.speculator.metrics[:4], means.T.tolist())),
-            grad_norm=self.grad_norm.item(),
-            supervised_tokens=int(counts[0]),
-            tokens_by_dataset=dict(zip(self.loader.datasets, self.sums.tokens_by_dataset.tolist())),
-            sample_hash=f"{self.sums.sample_hash:016x}",
-            tokens_per_second=tokens * here,
-            waiting=self.seconds_waiting / seconds,
-            flops_per_second=self._flops(tokens) * here,
-        )
-        self._new_report()
-
-    def _refuse_bad(self) -> None:
-        """Ends a run whose loss is not finite; optimizer steps have skipped themselves since, and the last checkpoint stands."""
-        bad = self.sums.first_bad()
-        if bad:
-            raise UserError(
-                f"loss of head {bad[1]} is not finite at step {bad[0]}; the checkpoint before it is kept. "
-                "Lower optimizer.lr, or look for damaged data or weights"
-            )
-
-    def _flops(self, tokens: int) -> int:
-        """Useful floating-point operations since the last report; a trained base counts three times, for its backward."""
+    def _flops(self, targets_per_step: list[int], tokens: int) -> int:
+        """Useful floating-point operations; a trained base counts three times, for its backward."""
         passes = 1 if self.config.base.freeze else 3
-        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.speculator.flops(self.sums.counts.tolist(), tokens)
+        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.speculator.flops(targets_per_step, tokens)
 
     def _save(self) -> None:
-        self._refuse_bad()
+        self.reporter.refuse_bad()
         state = {"position": self.step * self.global_batch_size, "identity": self.identity, "data": self.loader.fingerprints}
-        state["report"] = self.sums.state()
+        state["report"] = self.reporter.sums.state()
         self.checkpoint = self.checkpointer.save(self.step, self._tensors(), state)
         logger.info("saved %s", self.checkpoint)
-
-    # ---- evaluation and export ----
 
     def evaluate(self) -> None:
         """Held-out loss and accuracy per head, and acceptance by drafting and verifying, of the checkpoint just saved."""
@@ -287,47 +243,17 @@ class Trainer:
         self.metrics.evaluation(self.step, values)
 
     def _acceptance_length(self) -> float:
-        config = self._config_of_last_checkpoint()
-        base, _ = load_base(config, torch.float32)
-        speculator = load_speculator_for(config, base.to(self.device))
-        eos = eos_ids(base.config, self.tokenizer.eos_id)
-        return measure_acceptance(base, speculator, self.prompts, config.eval, eos_id=eos, seed=config.job.seed)["acceptance_length"]
+        return checkpoint_acceptance(self._config_of_last_checkpoint(), self.tokenizer, self.prompts, self.device)
 
     def finish(self) -> None:
         """Evaluates and exports, unless an earlier start of this run has done so."""
-        utils.on_main(self._finish)
-
-    def _finish(self) -> None:
-        config = self._config_of_last_checkpoint()
-        if config.eval.at_end and (self.prompts or self.validation) and self._reported_step() != self.step:
-            evaluate_run(config)
-        if config.export.format != "none" and self._export_is_old():
-            export_run(config)
+        measurable = bool(self.prompts or self.validation)
+        utils.on_main(lambda: finish_run(self._config_of_last_checkpoint(), self.checkpoint, self.step, measurable))
 
     def _config_of_last_checkpoint(self) -> Config:
         config = copy.deepcopy(self.config)
         config.speculator.path = str(self.checkpoint)
         return config
-
-    def _export_is_old(self) -> bool:
-        exported = Path(self.config.export.path or self.folder / "export") / "config.json"
-        return not exported.exists() or exported.stat().st_mtime < (self.checkpoint / "state.json").stat().st_mtime
-
-    def _reported_step(self) -> int | None:
-        try:
-            return json.loads((self.folder / "report.json").read_text())["step"]
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or no report of ours
-            return None
-
-
-def _folders_to_write(config: Config) -> dict[str, str]:
-    """Key -> folder, of every folder that the run is to write."""
-    folders = {"job.dump_folder": config.job.dump_folder}
-    if config.metrics.loggers and config.metrics.dir:
-        folders["metrics.dir"] = config.metrics.dir
-    if config.export.format != "none" and config.export.path:
-        folders["export.path"] = config.export.path
-    return folders
 
 
 def train(config: Config, stop: StopSignal) -> None:

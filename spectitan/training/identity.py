@@ -1,5 +1,6 @@
 """Whether a checkpoint belongs to the run that wants to go on from it."""
 
+import dataclasses
 import json
 import logging
 
@@ -23,6 +24,21 @@ MUST_MATCH = (
     "job.seed",
     "optimizer.name",
 )
+
+
+def run_identity(config, base_config: dict[str, object], base_weights: str, tokenizer: str) -> dict[str, object]:
+    """Every key of a run, `section.key` -> value, and what its base is.
+
+    Args:
+        config: a dataclass of tables; where it lies and what it starts from are left out.
+        base_config: what config.json says of the base's function.
+        base_weights, tokenizer: fingerprints.
+    """
+    tables = dataclasses.asdict(config)
+    keys = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
+    del keys["job.config_file"], keys["speculator.path"]
+    keys |= {f"base.config.{name}": value for name, value in base_config.items()}
+    return keys | {"base.identity": base_weights, "base.tokenizer": tokenizer}
 
 
 def check_identity(saved: dict[str, object], current: dict[str, object]) -> None:

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     # Shared by programs.
     "evaluation": {"config", "models", "data", "speculators", "decoding", "states", "distributed", "trained"},
     "exporting": {"config", "models", "speculators", "trained"},
+    "finishing": {"config", "evaluation", "exporting"},
     "trained": {"config", "models", "speculators", "training"},
 }
 OURS = set(MAY_IMPORT) | LEAVES | PROGRAMS

@@ -2,11 +2,11 @@
 
 import pytest
 
-from spectitan import train
 from spectitan.config.manager import load
 from spectitan.config.sections import Data
 from spectitan.data.validation import check_seq_length
 from spectitan.errors import UserError
+from spectitan.finishing import folders_to_write
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.training.run_folder import check_can_be_written
 
@@ -20,7 +20,7 @@ def config_of(**changes):
 @pytest.mark.parametrize("key", ["job.dump_folder", "metrics.dir", "export.path"])
 def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
     (tmp_path / "file").write_text("mine")
-    folders = train._folders_to_write(config_of(**{key: tmp_path / "file" / "sub"}))
+    folders = folders_to_write(config_of(**{key: tmp_path / "file" / "sub"}))
     with pytest.raises(UserError, match=f"^{key} = .*sub.: .*file: it is no folder$"):
         check_can_be_written(key, folders[key])
     check_can_be_written(key, str(tmp_path / "new" / "sub"))
@@ -29,7 +29,7 @@ def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
 
 def test_folders_that_are_not_written_are_not_checked():
     unused = config_of(job__dump_folder="run", metrics__dir="logs", metrics__loggers="", export__path="out", export__format="none")
-    assert train._folders_to_write(unused) == {"job.dump_folder": "run"}
+    assert folders_to_write(unused) == {"job.dump_folder": "run"}
 
 
 def test_samples_longer_than_the_context():

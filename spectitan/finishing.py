@@ -1,0 +1,47 @@
+"""The end of a run: its report and its export, unless an earlier start has written them."""
+
+import json
+from pathlib import Path
+
+from spectitan.config.manager import Config
+from spectitan.evaluation import evaluate_run
+from spectitan.exporting import export_run
+
+
+def folders_to_write(config: Config) -> dict[str, str]:
+    """Key -> folder, of every folder that a run is to write."""
+    folders = {"job.dump_folder": config.job.dump_folder}
+    if config.metrics.loggers and config.metrics.dir:
+        folders["metrics.dir"] = config.metrics.dir
+    if config.export.format != "none" and config.export.path:
+        folders["export.path"] = config.export.path
+    return folders
+
+
+def finish_run(config: Config, checkpoint: Path, step: int, measurable: bool) -> None:
+    """Evaluates and exports the last checkpoint. Of one process alone.
+
+    Args:
+        config: `speculator.path` is the checkpoint.
+        checkpoint: a step folder.
+        step: optimizer steps done in it.
+        measurable: there are prompts or held-out text.
+    """
+    folder = Path(config.job.dump_folder)
+    if config.eval.at_end and measurable and _reported_step(folder) != step:
+        evaluate_run(config)
+    if config.export.format != "none" and _is_older(
+        Path(config.export.path or folder / "export") / "config.json", checkpoint / "state.json"
+    ):
+        export_run(config)
+
+
+def _reported_step(folder: Path) -> int | None:
+    try:
+        return json.loads((folder / "report.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or no report of ours
+        return None
+
+
+def _is_older(file: Path, than: Path) -> bool:
+    return not file.exists() or file.stat().st_mtime < than.stat().st_mtime
