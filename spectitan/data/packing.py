@@ -9,7 +9,7 @@ class PackedDataset:
     """Samples of one dataset, the same in every epoch and for every seed.
 
     Every token of the dataset stands in exactly one sample; only the last one is padded. A document that is cut goes on in the
-    next sample as a document of its own.
+    next sample as a document of its own: of a chat that is cut, the rest of an answer is supervised without what came before it.
     """
 
     def __init__(self, shards: Shards, seq_length: int):
@@ -18,9 +18,17 @@ class PackedDataset:
     def __len__(self) -> int:
         return -(-self._shards.num_tokens // self._seq_length)
 
-    def read_into(self, sample: int, tokens: np.ndarray, documents: np.ndarray) -> None:
-        """Fills int64 [seq_length] arrays: the ids, 0 in the padding; and 0, 1, 2, ... for the parts of documents, -1 in the padding."""
+    def read_into(self, sample: int, tokens: np.ndarray, documents: np.ndarray, mask: np.ndarray) -> None:
+        """Fills three [seq_length] arrays.
+
+        Args:
+            tokens: int64, the ids; 0 in the padding.
+            documents: int64, 0, 1, 2, ... for the parts of documents; -1 in the padding.
+            mask: bool, whether the token may be a target; False in the padding.
+        """
         shards = self._shards
+        masked = shards.masked
+        mask[:] = True
         begin = sample * self._seq_length
         end = min(begin + self._seq_length, shards.num_tokens)
         row = int(np.searchsorted(shards.stream, begin, side="right")) - 1
@@ -32,6 +40,9 @@ class PackedDataset:
             filled = slice(position - begin, position - begin + length)
             tokens[filled] = shards.read(offset, offset + length)
             documents[filled] = ordinal
+            if masked:
+                mask[filled] = shards.read_mask(offset, offset + length)
             position, row, ordinal = position + length, row + 1, ordinal + 1
         tokens[end - begin :] = 0
         documents[end - begin :] = -1
+        mask[end - begin :] = False

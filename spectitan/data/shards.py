@@ -2,6 +2,8 @@
 
     meta.json                  what is here: counts, dtype, size of each file
     tokens-00000.bin, ...      ids of document after document, uint16 or uint32; a document lies in one file
+    masks-00000.bin, ...       one bit for each id of that file, 1: it may be a target, first id in the highest bit; where
+                               there is no such file, every id may be
     offsets.npy                int64 [documents + 1], where each document begins in all of the ids
     order.npy                  int64 [documents], the documents permuted, once and for all
     stream.npy                 int64 [documents + 1], where each permuted document begins in the stream that samples are cut from
@@ -37,6 +39,7 @@ class Shards:
         meta: what the writer was given, with "documents" and "tokens".
         offsets, order, stream: as in the module's docstring.
         tokens, token_files: the ids of each file, and the files.
+        masked: whether any id is kept from being a target.
     """
 
     def __init__(self, folder: str | Path):
@@ -50,17 +53,16 @@ class Shards:
                 _plain(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in ("offsets", "order", "stream")
             )
             self.token_files = [self.folder / name for name in sorted(self.meta["files"]) if name.startswith("tokens-")]
-            self.tokens = [_map_tokens(path, self.meta["dtype"]) for path in self.token_files]
+            self.tokens = [_map(path, self.meta["dtype"]) for path in self.token_files]
+            masks = [path.name.replace("tokens-", "masks-") for path in self.token_files]
+            self._masks = [_map(self.folder / name, "u1") if name in self.meta["files"] else None for name in masks]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BrokenShards(f"{self.folder}: {error}") from None
+        self.masked = any(mask is not None for mask in self._masks)
         self._file_starts = np.cumsum([0] + [len(tokens) for tokens in self.tokens]).tolist()
 
     def __reduce__(self):
         return Shards, (self.folder,)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.order)
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +74,15 @@ class Shards:
         first = self._file_starts[file]
         return self.tokens[file][start - first : stop - first]
 
-    def document(self, number: int) -> np.ndarray:
-        return self.read(int(self.offsets[number]), int(self.offsets[number + 1]))
+    def read_mask(self, start: int, stop: int) -> np.ndarray | bool:
+        """bool [stop - start], whether those ids may be targets; True where all of the file may."""
+        file = bisect_right(self._file_starts, start) - 1
+        mask, first = self._masks[file], self._file_starts[file]
+        if mask is None:
+            return True
+        start, stop = start - first, stop - first
+        bits = np.unpackbits(mask[start // 8 : (stop + 7) // 8], count=stop - start // 8 * 8)
+        return bits[start % 8 :].view(bool)
 
 
 class ShardWriter:
@@ -88,18 +97,25 @@ class ShardWriter:
         self._folder, self._shard_tokens = folder, shard_tokens
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._lengths = (folder / "lengths.tmp").open("wb")
-        self._file, self._files, self._in_file = None, 0, 0
-        self.documents = self.tokens = 0
+        self._file, self._files, self._in_file, self._mask = None, 0, 0, None
+        self.documents = self.tokens = self.supervised = 0
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """A document: ids [n], and bool [n] of which may be targets; None: all."""
         if self._file is None or self._in_file >= self._shard_tokens:
             self._close_file()
             self._file = (self._folder / f"tokens-{self._files:05d}.bin").open("wb")
             self._files, self._in_file = self._files + 1, 0
+        if mask is not None and self._mask is None:
+            self._mask = _BitWriter(self._folder / f"masks-{self._files - 1:05d}.bin")
+            self._mask.add_ones(self._in_file)  # what is in the file so far has none
+        if self._mask is not None:
+            self._mask.add(np.ones(len(ids), bool) if mask is None else mask)
         self._file.write(ids.astype(self._dtype).data)
         self._lengths.write(np.array(len(ids), np.int64).data)
         self._in_file += len(ids)
         self.documents, self.tokens = self.documents + 1, self.tokens + len(ids)
+        self.supervised += len(ids) if mask is None else int(np.count_nonzero(mask))
 
     def finish(self, meta: dict) -> None:
         """Writes the index, then meta.json with `meta` in it; everything has reached the disk when this returns."""
@@ -114,7 +130,8 @@ class ShardWriter:
         del lengths, order
         lengths_path.unlink()
         sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
-        content = meta | {"documents": self.documents, "tokens": self.tokens, "dtype": self._dtype.str, "files": sizes}
+        counts = {"documents": self.documents, "tokens": self.tokens, "supervised": self.supervised}
+        content = meta | counts | {"dtype": self._dtype.str, "files": sizes}
         (self._folder / "meta.json").write_text(json.dumps(content, indent=1))
         for path in [*self._folder.iterdir(), self._folder]:
             sync(path)
@@ -125,13 +142,35 @@ class ShardWriter:
         self._lengths.close()
 
     def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._mask):
+            if file is not None:
+                file.close()
+        self._file = self._mask = None
 
 
-def _map_tokens(path: Path, dtype: str) -> np.ndarray:
-    """The ids of a file, mapped. Samples lie anywhere in it: reading ahead would fetch many times what is used."""
+class _BitWriter:
+    """A file of bits, eight in a byte, the first in the highest."""
+
+    def __init__(self, path: Path):
+        self._file, self._rest = path.open("wb"), np.zeros(0, bool)  # fewer than eight, which wait for the byte's others
+
+    def add(self, bits: np.ndarray) -> None:
+        bits = np.concatenate([self._rest, bits])
+        whole = len(bits) // 8 * 8
+        self._file.write(np.packbits(bits[:whole]).data)
+        self._rest = bits[whole:]
+
+    def add_ones(self, count: int) -> None:
+        for rows in _slices(count):
+            self.add(np.ones(rows.stop - rows.start, bool))
+
+    def close(self) -> None:
+        self._file.write(np.packbits(self._rest).data)
+        self._file.close()
+
+
+def _map(path: Path, dtype: str) -> np.ndarray:
+    """The content of a file, mapped. Samples lie anywhere in it: reading ahead would fetch many times what is used."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(mmap.MADV_RANDOM)

@@ -48,3 +48,14 @@ def tokenizer_folder(folder: Path, vocab_size: int = 300) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(train_bpe([text(i) for i in range(20)], vocab_size), encoding="utf-8")
     return folder
+
+
+def documents_of(shards) -> list[list[int]]:
+    """The ids of each document, in the order in which they were written."""
+    return [shards.read(int(begin), int(end)).tolist() for begin, end in zip(shards.offsets, shards.offsets[1:])]
+
+
+def masks_of(shards) -> list[list[bool]]:
+    """Which ids of each document may be targets."""
+    spans = zip(shards.offsets.tolist(), shards.offsets[1:].tolist())
+    return [np.broadcast_to(shards.read_mask(begin, end), end - begin).tolist() for begin, end in spans]

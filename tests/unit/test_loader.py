@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from spectitan.data.corpus import tokenise_training
-from spectitan.data.loader import Loader, build_loader
+from spectitan.data.loader import Loader, build_loader, collate
+from spectitan.data.order import Place
 from spectitan.data.packing import PackedDataset
+from spectitan.data.shards import Shards, ShardWriter
 from spectitan.data.validation import build_validation
 from spectitan.types import TokenBatch
-from tests.unit.data_fixtures import ByteTokenizer, make_data, text, write_texts
+from tests.unit.data_fixtures import ByteTokenizer, documents_of, make_data, text, write_texts
 from tests.unit.test_shards import start
 
 SEED = 5
@@ -45,20 +47,35 @@ def test_packing_is_the_documents_in_their_order_cut_every_seq_length(folder, se
     ((_, shards),) = tokenise_training(data, ByteTokenizer())
     stream, owners = [], []
     for ordinal, document in enumerate(shards.order):
-        ids = shards.document(document).tolist()
+        ids = documents_of(shards)[document]
         stream += ids
         owners += [ordinal] * len(ids)
     packed = PackedDataset(shards, seq_length)
     assert len(packed) == -(-len(stream) // seq_length)
     for sample in range(len(packed)):
         tokens, documents = np.full((2, seq_length), 77)
-        packed.read_into(sample, tokens, documents)
+        mask = np.zeros(seq_length, bool)
+        packed.read_into(sample, tokens, documents, mask)
         expected = stream[sample * seq_length : (sample + 1) * seq_length]
         owner = owners[sample * seq_length : (sample + 1) * seq_length]
         padding = seq_length - len(expected)
         assert tokens.tolist() == expected + [0] * padding
         assert documents.tolist() == [document - owner[0] for document in owner] + [-1] * padding
+        assert mask.tolist() == [True] * len(expected) + [False] * padding
         assert padding == 0 or sample == len(packed) - 1
+
+
+@pytest.mark.parametrize("seq_length", [2, 17, 100_000])
+def test_masks_are_packed_with_their_ids(tmp_path, seq_length):
+    generator = np.random.default_rng(4)
+    writer = ShardWriter(tmp_path, 300, shard_tokens=61)
+    for length in generator.integers(1, 40, 37):
+        ids = generator.integers(0, 150, length).astype(np.uint32)
+        writer.add(2 * ids + 1, None) if length % 3 else writer.add(2 * ids, np.zeros(length, bool))  # an odd id is supervised
+    writer.finish({})
+    packed = PackedDataset(Shards(tmp_path), seq_length)
+    batch = collate([packed], [Place(0, sample) for sample in range(len(packed))], range(len(packed)), seq_length)
+    assert torch.equal(batch.loss_mask, (batch.tokens % 2 == 1) & (batch.document_ids >= 0)) and (batch.tokens % 2).any()
 
 
 def test_batches_are_what_the_trainer_was_promised(folder):

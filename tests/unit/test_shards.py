@@ -22,7 +22,7 @@ from spectitan.data.prompts import load_prompts
 from spectitan.data.shards import BrokenShards, Shards, ShardWriter
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.errors import StopRequested, UserError
-from tests.unit.data_fixtures import ByteTokenizer, make_data, text, tokenizer_folder, write_texts
+from tests.unit.data_fixtures import ByteTokenizer, documents_of, make_data, masks_of, text, tokenizer_folder, write_texts
 
 # A server that has imported everything forks the processes of these tests: they start at once and share nothing with pytest.
 processes = multiprocessing.get_context("forkserver")
@@ -55,11 +55,47 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize):
     assert shards.meta["anything"] == [1] and shards.meta["tokens"] == shards.num_tokens == sum(map(len, documents))
     assert len(shards.tokens) > 10 and all(tokens.itemsize == itemsize for tokens in shards.tokens)
     for opened in (shards, pickle.loads(pickle.dumps(shards))):
-        assert all((opened.document(i) == document).all() for i, document in enumerate(documents))
+        assert documents_of(opened) == [document.tolist() for document in documents]
     assert len(pickle.dumps(shards)) < 500, "a worker gets the folder, not the ids"
     # The fixed order has each document once, and the stream is their lengths in that order.
     assert sorted(shards.order) == list(range(101)) and (shards.order[:-1] != shards.order[1:] - 1).sum() > 90
     assert (np.diff(shards.stream) == [len(documents[i]) for i in shards.order]).all() and shards.stream[0] == 0
+
+
+def test_masks_are_kept_as_bits_beside_the_ids_that_have_one(tmp_path):
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, 40, 101)
+    # The first files have no mask, some begin without one, and then every third document has none.
+    masks = [None if i < 20 or i % 3 == 0 else generator.random(length) < 0.5 for i, length in enumerate(lengths)]
+    writer = ShardWriter(tmp_path, 300, shard_tokens=97)
+    for length, mask in zip(lengths, masks):
+        writer.add(np.arange(length, dtype=np.uint32), mask)
+    writer.finish({})
+    shards = Shards(tmp_path)
+    expected = [[True] * length if mask is None else mask.tolist() for length, mask in zip(lengths, masks)]
+    assert masks_of(shards) == expected and shards.masked
+    assert shards.meta["supervised"] == sum(map(sum, expected))
+    flat, ends = sum(expected, []), np.cumsum([0] + [len(tokens) for tokens in shards.tokens])
+    for begin, end in generator.integers(0, len(flat), (200, 2)).tolist():
+        end = min(end, int(ends[np.searchsorted(ends, begin, side="right")]))  # a read stays in one file
+        if begin < end:
+            assert np.broadcast_to(shards.read_mask(begin, end), end - begin).tolist() == flat[begin:end]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "masks-00000.bin" not in names and "masks-00010.bin" in names
+    sizes = [(path.stat().st_size, len(shards.tokens[int(path.name[6:11])])) for path in tmp_path.glob("masks-*")]
+    assert all(size == -(-tokens // 8) for size, tokens in sizes)
+    (tmp_path / "masks-00010.bin").unlink()
+    with pytest.raises(BrokenShards):
+        Shards(tmp_path)
+
+
+def test_shards_without_masks_supervise_every_id(tmp_path):
+    writer = ShardWriter(tmp_path, 300)
+    writer.add(np.arange(50, dtype=np.uint32))
+    writer.finish({})
+    shards = Shards(tmp_path)
+    assert not shards.masked and shards.read_mask(3, 9) is True and shards.meta["supervised"] == 50
+    assert not list(tmp_path.glob("masks-*"))
 
 
 def test_indexes_are_made_in_parts(tmp_path, monkeypatch):
@@ -112,7 +148,7 @@ def test_documents_are_tokenised_in_order_with_bos_and_eos(tmp_path, monkeypatch
     expected = [tokenizer.document(tokenizer.encode(content)) for content in [*texts[:30], *texts[30:]] if len(content) > 1]
     by_file = expected[:30] + expected[30:]
     # Files in the order of their names: 000.txt, 001.txt, ..., then 1.jsonl.
-    assert [shards.document(i).tolist() for i in range(shards.num_documents)] == by_file
+    assert documents_of(shards) == by_file
     assert shards.meta["dropped"] == {"empty": 1, "one token": 2}
     assert shards.meta["bytes"] == sum(len(content.encode()) for content in texts) - 2
 
@@ -124,7 +160,7 @@ def test_a_real_tokenizer_gives_the_same_ids_on_any_number_of_threads(tmp_path):
     assert contents(one.folder) == contents(three.folder)
     names = sorted(f"{i}.txt" for i in range(50))
     ids = [tokenizer.encode((tmp_path / "text" / name).read_text()) for name in names]
-    assert [one.document(i).tolist() for i in range(50)] == ids
+    assert documents_of(one) == ids
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
@@ -190,7 +226,7 @@ def test_hashes_of_unchanged_sources_are_remembered_once_they_have_settled(tmp_p
     assert len(hashed) == 3
     (tmp_path / "text" / "a.txt").write_text(text(2))
     shards = tokenised(make_data(tmp_path), ByteTokenizer())
-    assert shards.document(0).tolist() == ByteTokenizer().document(ByteTokenizer().encode(text(2)))
+    assert documents_of(shards) == [ByteTokenizer().document(ByteTokenizer().encode(text(2)))]
 
 
 def test_a_damaged_cache_is_made_again(tmp_path, caplog):
@@ -274,7 +310,7 @@ def write_slowly(data, log):
             return super().encode_batch(texts)
 
     ((_, shards),) = tokenise_training(data, SlowTokenizer())
-    assert shards.num_documents == 8
+    assert len(shards.order) == 8
 
 
 def test_of_several_processes_one_tokenises_and_the_others_wait(tmp_path):
@@ -389,7 +425,7 @@ def test_documents_with_a_prompt_in_them_are_dropped_and_counted(tmp_path):
     overlapping = {name for name, content in texts.items() if windows(tokenizer.encode(content)) & shared}
     assert {"3.txt", "5.txt"} <= overlapping and len(overlapping) < 30
     shards = tokenised(data, tokenizer)
-    assert shards.meta["dropped"] == {"prompt overlap": len(overlapping)} and shards.num_documents == 30 - len(overlapping)
+    assert shards.meta["dropped"] == {"prompt overlap": len(overlapping)} and len(shards.order) == 30 - len(overlapping)
     assert count_overlap([shards], ids) == 0
     assert count_overlap([tokenised(make_data(tmp_path), tokenizer)], ids) == 2
 
