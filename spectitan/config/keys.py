@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from spectitan.errors import UserError
 
-_ONE = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_ONE = {bool: "true or false", int: "an integer", float: "a number", str: "a string", int | str: "an integer or a string"}
 _MANY = {bool: "true or false values", int: "integers", float: "numbers", str: "strings"}
 
 
@@ -25,7 +25,9 @@ def toml_value(value) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """A field of a section. `type` is bool, int, float or str, or a list of one of them."""
+    """A field of a section. `type` is bool, int, float or str, or a list of one of them; or int | str, where text that is an
+    integer counts as one, and what other text may say is for the section's owner to check.
+    """
 
     section: str
     name: str
@@ -43,7 +45,7 @@ class Key:
 
     @property
     def item_type(self) -> type:
-        """bool, int, float or str: of the value, or of a list's items."""
+        """bool, int, float, str or int | str: of the value, or of a list's items."""
         return typing.get_args(self.type)[0] if self.is_list else self.type
 
     @property
@@ -96,16 +98,18 @@ class Key:
         if self.item_type is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
         try:
-            return self.item_type(text)
+            return (int if self.item_type == int | str else self.item_type)(text)
         except ValueError:
             return text
 
     def _checked_item(self, value: object) -> object:
+        if self.item_type == int | str and isinstance(value, str):
+            value = self._item_from_text(value)
         if isinstance(value, bool) and self.item_type is str and toml_value(value) in self.choices:
             value = toml_value(value)  # compile.enabled = true reads as it is meant
         if isinstance(value, int) and not isinstance(value, bool) and self.item_type is float:
             value = float(value)
-        if type(value) is not self.item_type:
+        if type(value) not in (typing.get_args(self.item_type) or (self.item_type,)):
             raise ValueError
         if isinstance(value, str):
             value.encode()  # a lone surrogate, from bytes that are no UTF-8, could not be written again
@@ -115,10 +119,13 @@ class Key:
             raise ValueError
         if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError
-        below = self.minimum is not None and value < self.minimum or self.above is not None and value <= self.above
-        if below or self.maximum is not None and value > self.maximum:
+        if not isinstance(value, str) and self._out_of_bounds(value):
             raise ValueError
         return value
+
+    def _out_of_bounds(self, value: float) -> bool:
+        below = self.minimum is not None and value < self.minimum or self.above is not None and value <= self.above
+        return below or self.maximum is not None and value > self.maximum
 
 
 def keys_of(section: str, section_class: type) -> dict[str, Key]:

@@ -22,6 +22,7 @@ class Alpha:
     scale: float = key(0.5, "scale of the input", above=0)
     tied: bool = key(True, "one weight for all")
     dims: list[int] = key([16, 8], "widths", minimum=1)
+    levels: int | str = key(-1, "width, or widths of levels", minimum=-1)
 
 
 @dataclass
@@ -91,6 +92,8 @@ def test_family_comes_from_flag_then_file_then_default(toml_file):
         (["--data.datasets="], "data", "datasets", []),
         (["--metrics.loggers", ""], "metrics", "loggers", []),
         (["--speculator.dims", "4"], "speculator", "dims", [4]),
+        (["--speculator.levels", "-1"], "speculator", "levels", -1),
+        (["--speculator.levels", "4.40"], "speculator", "levels", "4.40"),
         (["--job.deterministic"], "job", "deterministic", True),
         (["--job.deterministic", "--job.seed", "1"], "job", "deterministic", True),
         (["--job.deterministic", "False"], "job", "deterministic", False),
@@ -117,6 +120,9 @@ def test_flags(flags, table, name, value):
         ("[compile]\nenabled = false", "compile", "enabled", "false"),
         ("[optimizer]\nbetas = [0, 0.5]", "optimizer", "betas", [0.0, 0.5]),
         ("optimizer.eps = 1e-300", "optimizer", "eps", 1e-300),
+        ("[speculator]\nlevels = 1024", "speculator", "levels", 1024),
+        ('[speculator]\nlevels = "1024"', "speculator", "levels", 1024),
+        ('[speculator]\nlevels = "1024.2048"', "speculator", "levels", "1024.2048"),
         ("[generate]\nprompt = '''two\nlines'''", "generate", "prompt", "two\nlines"),
     ],
 )
@@ -146,6 +152,7 @@ def test_file_values(toml_file, text, table, name, value):
         (["--job.deterministic", "yes"], ['job.deterministic = "yes"', "true or false"]),
         (["--job.seed", str(2**63)], ["job.seed = 9223372036854775808"]),
         (["--job.seed", "9" * 5000], ["job.seed", "..."]),
+        (["--speculator.levels", "-2"], ["speculator.levels = -2", "an integer or a string, at least -1"]),
         (["--speculator.type", "gamma"], ['speculator.type = "gamma"', "one of alpha, beta, none"]),
         (["--speculator.type"], ["--speculator.type needs a value"]),
         (["--speculator.layers", "x"], ["speculator.layers is a key of", '"beta"', 'is "alpha"']),
@@ -199,6 +206,9 @@ def test_mistakes_in_flags(flags, parts):
         ("[data]\ncache_dir = 'x\\y'\npath = \"a\\u0000b\"", ["data.path", "a string"]),
         ("[speculator]\nlayers = []", ["speculator.layers is a key of", '"beta"']),
         ("[speculator]\nheads = 0", ["speculator.heads = 0"]),
+        ("[speculator]\nlevels = 1024.2048", ["speculator.levels = 1024.2048", "an integer or a string"]),
+        ("[speculator]\nlevels = [1024, 2048]", ["speculator.levels = [1024, 2048]", "an integer or a string"]),
+        ("[speculator]\nlevels = true", ["speculator.levels = true", "an integer or a string"]),
         ('[job]\nconfig_file = "other.toml"', ["job.config_file belongs on the command line"]),
     ],
 )
@@ -285,6 +295,7 @@ ODD = {
     int: [0, 1, -1, 7, 2**63 - 1, -(2**63) + 1],
     float: [0.1, 1 / 3, -1.0, 5e-324, 1.7976931348623157e308, 1e16, 1e22, 123456789.123456789, 2.0, 0.5, -0.0],
     bool: [True, False],
+    int | str: [-1, 7, "1024.2048", "1e3", "1.", "ünï"],
 }
 
 
@@ -330,7 +341,7 @@ def test_keys_have_help_and_defaults_that_are_allowed():
     for key in all_keys():
         assert key.help and "\n" not in key.help
         assert repr(key.checked(key.default, "default")) == repr(key.default)
-        assert key.type in (bool, int, float, str) or key.is_list and key.item_type in (int, float, str)
+        assert key.type in (bool, int, float, str, int | str) or key.is_list and key.item_type in (int, float, str)
 
 
 def test_defaults_are_not_shared():
