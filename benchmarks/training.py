@@ -40,7 +40,7 @@ from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import get_model, register_model
 from spectitan.models.weights import save_hf
-from spectitan.speculators.recurrent import MlpSpeculator
+from spectitan.speculators.mlp import MlpSpeculator
 from spectitan.states.online import OnlineStates
 from spectitan.training.allocator import use_huge_pages
 from spectitan.training.metrics import MetricsLogger

@@ -1,10 +1,13 @@
-"""Recurrent drafters: a small state starts from the base's final hidden state and takes in one token a step.
+"""What recurrent drafters share: a small state starts from the base's final hidden state and takes in one token a step.
 
-`mlp` is the MLP speculator of Wertheimer et al. 2024 (https://arxiv.org/abs/2404.19124), as IBM's fms-extras defines it.
+A family (mlp, lstm) is one file: its keys, its modules, and how a state advances.
 """
 
+import itertools
 import math
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,67 +19,143 @@ from spectitan.models.layers import assign, draw_normal
 from spectitan.models.readout import Readout
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_row
-from spectitan.speculators.folder_config import FolderConfig
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
 NORM_EPS = 1e-6
 MAX_HEADS = 64
+WIDTH_KEYS = ("emb_dim", "proj_dim", "inner_dim")
+_WIDTHS = re.compile(r"[1-9][0-9]{0,5}(\.[1-9][0-9]{0,5})*")
 
 
 @dataclass
-class MlpConfig:
-    """Keys of the MLP speculator; names as in fms-fsdp."""
+class RecurrentConfig:
+    """Keys of all recurrent drafters; names as in fms-fsdp and ArcticTraining."""
 
     n_speculator_heads: int = key(3, "heads: tokens drafted in a round", minimum=1, maximum=MAX_HEADS)
-    speculator_width: int = key(-1, "width of the drafter's state; -1: the base's hidden size", minimum=-1)
+    speculator_width: int = key(-1, "width of the drafter: emb_dim, proj_dim and inner_dim in one; -1: the base's hidden size", minimum=-1)
     tie_weights: bool = key(True, "one embedding, norm and head for all steps, one projection for all steps after the first")
     scale_input: bool = key(True, "normalise the base's hidden state before the first step")
+    emb_dim: int | str = key(-1, 'width of a token\'s embedding, or of its levels: "1024.2048"; -1: speculator_width', minimum=-1)
+    proj_dim: int | str = key(-1, "width, or widths of the levels, of the projected state; -1: speculator_width", minimum=-1)
+    inner_dim: int | str = key(-1, "width, or widths of the levels, of the state made from their sum; -1: speculator_width", minimum=-1)
+
+
+class State(NamedTuple):
+    """Where a drafter is after some tokens."""
+
+    hidden: Tensor  # [rows, inner_dim], before the first token [rows, hidden]; a head scores it
+    cell: Tensor | None = None  # [rows, width], an LSTM's; None before the first token
 
 
 class ShiftedRMSNorm(nn.Module):
-    """RMS norm with a weight and a bias: x / rms(x) * weight + bias, no mean subtracted."""
+    """RMS norm with a weight and a bias: x / rms(x) * weight + bias, no mean subtracted; of each of `groups` parts of x by itself."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, groups: int = 1):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.groups = groups
+        self.weight, self.bias = nn.Parameter(torch.ones(groups * width)), nn.Parameter(torch.zeros(groups * width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, F.rms_norm(x, self.weight.shape, eps=NORM_EPS), self.weight)
+        parts = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1))
+        return torch.addcmul(self.bias, F.rms_norm(parts, parts.shape[-1:], eps=NORM_EPS).view_as(x), self.weight)
 
 
-class MlpSpeculator(Speculator):
-    """`speculator.type = "mlp"`: step i maps state s and token x to gelu(norm_i(proj_i(s) + alpha * emb_i(x))), scored by head_i.
+class GroupedLinear(nn.Linear):
+    """`groups` linear maps without bias, one for each part of the input: [..., groups * width_in] -> [..., groups * width_out]."""
 
-    Weights that steps share are held once: tied, the lists `emb`, `ln` and `head` have one entry and `proj` two, and
-    step i takes entry i or the last one.
+    def __init__(self, width_in: int, width_out: int, groups: int):
+        super().__init__(width_in, groups * width_out, bias=False)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.reshape(-1, self.groups, self.in_features).transpose(0, 1)
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        return torch.bmm(parts, weight.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def levels(widths: list[int], groups: int = 1) -> list[nn.Module]:
+    """From the first width to the last: norm, GELU and a linear map for each level after the first."""
+    modules = []
+    for width_in, width_out in itertools.pairwise(widths):
+        linear = nn.Linear(width_in, width_out, bias=False) if groups == 1 else GroupedLinear(width_in, width_out, groups)
+        modules += [ShiftedRMSNorm(width_in, groups), nn.GELU(), linear]
+    return modules
+
+
+def chain(*modules: nn.Module) -> nn.Module:
+    """One after the other. A single one is itself: without levels, parameters have the names that other systems give them."""
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
+def entry(modules: nn.ModuleList, step: int) -> nn.Module:
+    """The module of a step; steps past the end share the last one."""
+    return modules[min(step, len(modules) - 1)]
+
+
+class RecurrentSpeculator(Speculator):
+    """Step i adds token i's embedding to the projected state, makes the next state of the sum, and head i scores it.
+
+    A subclass makes `emb`, `proj` and `head`, lists whose last entry serves all later steps, and says how a state advances.
 
     Args:
         config: its keys.
         base_config: the base's `hidden_size` and `vocab_size`.
         objective: loss and chunk size.
+
+    Attributes:
+        width: of the sum: the last of emb_dim and of proj_dim.
     """
 
-    def __init__(self, config: MlpConfig, base_config, objective: Objective):
+    emb: nn.ModuleList
+    proj: nn.ModuleList
+    head: nn.ModuleList
+
+    def __init__(self, config: RecurrentConfig, base_config, objective: Objective):
         super().__init__()
         self.steps = config.n_speculator_heads
         self.tied, self.scale_input = config.tie_weights, config.scale_input
         self.hidden_size, self.vocab_size = base_config.hidden_size, base_config.vocab_size
-        self.width = self.hidden_size if config.speculator_width == -1 else config.speculator_width
         self.loss, self.chunk_rows = objective.loss, objective.chunk_rows
-        if self.width < 1:
+        width = self.hidden_size if config.speculator_width == -1 else config.speculator_width
+        if width < 1:
             raise UserError("speculator.speculator_width = 0; allowed: 1 or more, or -1 for the base's hidden size")
-        if self.tied and self.steps == 1:
-            raise UserError("speculator.tie_weights = true; allowed: false with speculator.n_speculator_heads = 1: nothing to tie")
+        self.emb_dim, self.proj_dim, self.inner_dim = (_level_widths(name, getattr(config, name), width) for name in WIDTH_KEYS)
+        self.width = self.emb_dim[-1]
+        if self.proj_dim[-1] != self.width:
+            raise UserError(
+                f"speculator.emb_dim ends in {self.width} and speculator.proj_dim in {self.proj_dim[-1]}; allowed: the same: they are added"
+            )
         # In expectation the first state makes up half of the last one's magnitude.
         state_weight = 0.5 ** (0.5 / self.steps)
         self.alpha = math.sqrt((1 - state_weight**2) * self.width / 2) / state_weight
 
-        distinct = 1 if self.tied else self.steps
-        self.emb = nn.ModuleList(nn.Embedding(self.vocab_size, self.width) for _ in range(distinct))
-        inputs = [self.hidden_size] + [self.width] * ((2 if self.tied else self.steps) - 1)
-        self.proj = nn.ModuleList(nn.Linear(size, self.width, bias=False) for size in inputs)
-        self.ln = nn.ModuleList(ShiftedRMSNorm(self.width) for _ in range(distinct))
-        self.head = nn.ModuleList(nn.Linear(self.width, self.vocab_size, bias=False) for _ in range(distinct))
+    def inner_levels(self) -> list[nn.Module]:
+        """From the width of the sum through those of inner_dim."""
+        first = [] if self.inner_dim[0] == self.width else [nn.Linear(self.width, self.inner_dim[0], bias=False)]
+        return first + levels(self.inner_dim)
+
+    def advance(self, step: int, state: State, embedded: Tensor) -> State:
+        """The state after one more token, whose embedding is [rows, ...] of `emb`."""
+        raise NotImplementedError
+
+    def modules_of_step(self, step: int) -> list[nn.Module]:
+        """All that a row goes through at a step, but for the head."""
+        raise NotImplementedError
+
+    def single_width(self, format: str) -> int:
+        """The one width of all parts, which is what servers know.
+
+        Raises:
+            UserError: widths by level, or different ones.
+        """
+        for name in WIDTH_KEYS:
+            if getattr(self, name) != [self.width]:
+                found = ".".join(map(str, getattr(self, name)))
+                raise UserError(
+                    f'export.format = "{format}": speculator.{name} = {found}; servers take a single width, '
+                    "the same for emb_dim, proj_dim and inner_dim"
+                )
+        return self.width
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices from N(0, 1 / sqrt(width)), in the order of `named_parameters`; norms 1, biases 0."""
@@ -91,23 +170,18 @@ class MlpSpeculator(Speculator):
         targets = align_targets(batch, self.steps)
         return targets._replace(extra=tuple(torch.unique(targets.state, return_inverse=True)))
 
-    def first_state(self, hidden: Tensor) -> Tensor:
+    def first_state(self, hidden: Tensor) -> State:
         """[rows, hidden] of the base -> the state that step 0 starts from."""
-        return F.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS) * math.sqrt(0.5) if self.scale_input else hidden
-
-    def advance(self, step: int, state: Tensor, embedded: Tensor) -> Tensor:
-        """The state [rows, width] after one more token, whose embedding is [rows, width]."""
-        projected = _entry(self.proj, step)(state)
-        return F.gelu(_entry(self.ln, step)(torch.add(projected, embedded, alpha=self.alpha)))
+        return State(F.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS) * math.sqrt(0.5) if self.scale_input else hidden)
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """States of all steps on known tokens: [rows, hidden], int64 [steps, rows] -> [steps, rows, width]."""
+        """States of all steps on known tokens: [rows, hidden], int64 [steps, rows] -> [steps, rows, inner_dim]."""
         # One lookup of a shared embedding, not one a step: its dense gradient is then made once.
         embedded = self.emb[0](tokens) if self.tied else [emb(row) for emb, row in zip(self.emb, tokens)]
         state, outputs = self.first_state(hidden), []
         for step in range(self.steps):
             state = self.advance(step, state, embedded[step])
-            outputs.append(state)
+            outputs.append(state.hidden)
         return torch.stack(outputs)
 
     def forward(self, batch: TokenBatch, states: BaseStates, targets: Targets, denominators: Tensor, readout: Readout) -> Loss:
@@ -149,63 +223,38 @@ class MlpSpeculator(Speculator):
         """A chain of k <= steps tokens a row; the state is rebuilt from the last verified one, so nothing is cached."""
         assert k <= self.steps, f"{k} draft tokens from {self.steps} heads"
         token, state = last_row(tokens, counts), self.first_state(last_row(states.final, counts))
-        chain, probabilities = [], []
+        drafted, probabilities = [], []
         for step in range(k):
-            state = self.advance(step, state, _entry(self.emb, step)(token))
-            token, probability = pick(_entry(self.head, step)(state), step)
-            chain.append(token)
+            state = self.advance(step, state, entry(self.emb, step)(token))
+            token, probability = pick(entry(self.head, step)(state.hidden), step)
+            drafted.append(token)
             probabilities.append(probability)
         greedy = probabilities[0] is None
-        return Draft(torch.stack(chain, 1)[:, None], None if greedy else torch.stack(probabilities, 1)[:, None])
+        return Draft(torch.stack(drafted, 1)[:, None], None if greedy else torch.stack(probabilities, 1)[:, None])
 
     def flops(self, targets_per_step: list[int], tokens: int) -> int:
         """Forward and backward: each product three times, twice where its input needs no gradient (the base's hidden states)."""
         # A row with a target at a later step goes through all steps before it.
         rows = [max(targets_per_step[step:]) for step in range(self.steps)]
-        projections = 4 * rows[0] * self.hidden_size * self.width + 6 * sum(rows[1:]) * self.width**2
-        heads = 6 * sum(targets_per_step) * self.width * self.vocab_size
+        unrolled = 6 * sum(count * _matrix_elements(self.modules_of_step(step)) for step, count in enumerate(rows))
+        first_inputs = 2 * rows[0] * next(self.proj[0].parameters()).numel()
+        heads = 6 * sum(targets_per_step) * self.head[0].weight.numel()
         teacher = 0 if self.loss == "ce" else 2 * max(targets_per_step) * self.hidden_size * self.vocab_size
-        return projections + heads + teacher
+        return unrolled - first_inputs + heads + teacher
 
-    def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
-        """IBM's `mlp_speculator` layout, which fms-extras defines. It repeats what steps share: not all readers tie it themselves."""
-        if format != "mlp_speculator":
-            raise UserError(f"export.format = {format!r}: a speculator of type mlp is written as mlp_speculator")
-        config = {
-            "architectures": ["MLPSpeculatorPreTrainedModel"],
-            "model_type": "mlp_speculator",
-            "vocab_size": self.vocab_size,
-            "emb_dim": self.hidden_size,
-            "inner_dim": self.width,
-            "n_predict": self.steps,
-            # The tree of readers that draft one: their default of 5, 4, 3, continued.
-            "top_k_tokens_per_head": [max(5 - step, 1) for step in range(self.steps)],
-            "n_candidates": 5,
-            "tie_weights": self.tied,
-            "scale_input": self.scale_input,
-        }
-        state = self.state_dict()
-        tensors = {}
-        for step in range(self.steps):
-            for kind in ("emb", "proj", "ln", "head"):
-                entry = min(step, len(getattr(self, kind)) - 1)
-                for part in ("weight", "bias") if kind == "ln" else ("weight",):
-                    tensors[f"speculator.{kind}.{step}.{part}"] = state[f"{kind}.{entry}.{part}"]
-        return config, tensors
 
-    @staticmethod
-    def config_from_folder(config: FolderConfig) -> tuple[MlpConfig, int, int]:
-        """Its keys, the base's hidden size and vocabulary size, from the config.json of an `mlp_speculator` folder."""
-        hidden_size = config.count("emb_dim")
-        keys = MlpConfig(
-            n_speculator_heads=config.count("n_predict", at_most=MAX_HEADS),
-            speculator_width=config.count("inner_dim", at_least=0) or hidden_size,
-            tie_weights=config.flag("tie_weights"),
-            scale_input=config.flag("scale_input"),
+def _level_widths(name: str, value: int | str, width: int) -> list[int]:
+    """[1024, 2048] of "1024.2048", [width] of -1."""
+    if value == -1:
+        return [width]
+    if not _WIDTHS.fullmatch(str(value)):
+        shown = f'"{value}"' if isinstance(value, str) else value
+        raise UserError(
+            f'speculator.{name} = {shown}; allowed: a width from 1 to 999999, several such as "1024.2048", or -1 for speculator_width'
         )
-        return keys, hidden_size, config.count("vocab_size")
+    return [int(level) for level in str(value).split(".")]
 
 
-def _entry(modules: nn.ModuleList, step: int) -> nn.Module:
-    """The module of a step; steps past the end share the last one."""
-    return modules[min(step, len(modules) - 1)]
+def _matrix_elements(modules: list[nn.Module]) -> int:
+    """Multiply-adds of a row that goes through them. An embedding is looked up, not multiplied."""
+    return sum(module.weight.numel() for part in modules for module in part.modules() if isinstance(module, nn.Linear))

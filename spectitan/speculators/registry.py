@@ -5,11 +5,15 @@ import difflib
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.speculators.base import Speculator
+from spectitan.speculators.lstm import LstmConfig, LstmSpeculator
+from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.speculators.next_token import NextToken
-from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
 
 # speculator.type -> (its configuration keys, its module)
-SPECULATORS: dict[str, tuple[type, type[Speculator]]] = {"mlp": (MlpConfig, MlpSpeculator)}
+SPECULATORS: dict[str, tuple[type, type[Speculator]]] = {
+    "mlp": (MlpConfig, MlpSpeculator),
+    "lstm": (LstmConfig, LstmSpeculator),
+}
 
 
 # speculator.type -> configuration keys, for config/manager; "none", which has no keys, is known there

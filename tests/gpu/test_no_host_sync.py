@@ -5,7 +5,7 @@ import torch
 
 from spectitan.config.sections import Objective
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
-from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
+from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.states.online import OnlineStates
 from spectitan.types import TokenBatch
 

@@ -14,7 +14,7 @@ from spectitan.config.sections import Objective
 from spectitan.data.tokenizer import load_tokenizer, train_bpe
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.weights import save_hf
-from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
+from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.speculators.serving import write_folder
 
 CONTEXT = 80

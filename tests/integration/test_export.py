@@ -15,7 +15,7 @@ from spectitan.export import main
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.weights import save_hf
 from spectitan.speculators.base import Speculator
-from spectitan.speculators.recurrent import MlpConfig
+from spectitan.speculators.mlp import MlpConfig
 from spectitan.speculators.registry import build_speculator
 from spectitan.speculators.serving import load_speculator
 from spectitan.training.checkpoint import Checkpointer, module_tensors

@@ -125,7 +125,7 @@ def plain_loss(base, speculator, batch, counts: list[int], heads: int) -> torch.
             for head in range(heads):
                 if t + 2 + head < len(tokens):
                     state = speculator.advance(head, state, speculator.emb[0](tokens[t + 1 + head : t + 2 + head]))
-                    logits = speculator.head[0](state)
+                    logits = speculator.head[0](state.hidden)
                     total = total + F.cross_entropy(logits, tokens[t + 2 + head : t + 3 + head]) / counts[head]
     return total
 
@@ -142,7 +142,7 @@ def plain_training(flags: list[str]) -> tuple[torch.nn.Module, list[float]]:
     base = get_model("embedllama", "auto", config.base.path, init=config.base.init, dtype=torch.float32, seed=config.job.seed).double()
     speculator = None
     if config.speculator.type != "none":
-        speculator = build_speculator("mlp", config.speculator, base.config, config.objective)
+        speculator = build_speculator(config.speculator.type, config.speculator, base.config, config.objective)
         speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         speculator.double()
         base.requires_grad_(False)
@@ -171,9 +171,12 @@ def plain_training(flags: list[str]) -> tuple[torch.nn.Module, list[float]]:
     return trained, values
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["mlp", "base"])
-def test_training_equals_a_plain_loop_however_a_batch_is_cut(world, tmp_path, alone):
-    changes = (tiny.BASE_ALONE if alone else {}) | NO_END | {"training__compute_dtype": "float64", "metrics__report_interval": 1}
+LSTM = {"speculator__type": "lstm", "speculator__tie_lstm_embs": "false", "speculator__proj_dim": "11.20"}
+
+
+@pytest.mark.parametrize("kind", [{}, LSTM, tiny.BASE_ALONE], ids=["mlp", "lstm", "base"])
+def test_training_equals_a_plain_loop_however_a_batch_is_cut(world, tmp_path, kind):
+    changes = kind | NO_END | {"training__compute_dtype": "float64", "metrics__report_interval": 1}
     changes |= {"training__num_steps": 3, "training__max_grad_norm": 0.3, "optimizer__weight_decay": 0.7}
     trained, values = plain_training(world.flags(tmp_path, **changes))
     parameters = dict(trained.named_parameters())
@@ -181,7 +184,7 @@ def test_training_equals_a_plain_loop_however_a_batch_is_cut(world, tmp_path, al
         folder = tmp_path / str(micro_batch_size)
         assert train.main(world.flags(folder, **changes, training__micro_batch_size=micro_batch_size)) == 0
         torch.testing.assert_close(losses(folder).sum(1), torch.tensor(values, dtype=torch.float64), rtol=1e-9, atol=0)
-        saved = read_tensors(tiny.checkpoint(folder, 3), "base." if alone else "speculator.")
+        saved = read_tensors(tiny.checkpoint(folder, 3), "base." if kind is tiny.BASE_ALONE else "speculator.")
         assert saved.keys() == parameters.keys()
         for name, parameter in parameters.items():
             torch.testing.assert_close(saved[name], parameter.data, rtol=1e-9, atol=1e-12, msg=name)

@@ -19,7 +19,7 @@ from spectitan.decoding.speculative import generate_speculative
 from spectitan.errors import UserError
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.speculators.next_token import NextToken
-from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
+from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.states.online import OnlineStates
 from spectitan.types import TokenBatch
 from tests.unit.toy_models import OracleDrafter, TableDrafter, ToyBase
@@ -132,7 +132,7 @@ def test_sampled_acceptance_is_the_overlap_of_the_distributions(trained):
     first = base.readout.logits(states[:1]).softmax(-1)[0].double()
     second = torch.cat([torch.tensor([[5, 7, 9]]).expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], 1)
     target = base.readout.logits(base(second).final[:, -1]).softmax(-1).double()
-    q = drafter.head[0](drafter.advance(0, drafter.first_state(states), drafter.emb[0](torch.arange(VOCAB)))).softmax(-1).double()
+    q = drafter.head[0](drafter.advance(0, drafter.first_state(states), drafter.emb[0](torch.arange(VOCAB))).hidden).softmax(-1).double()
     expected = float((first * torch.minimum(target, q).sum(-1)).sum())
     measured = sum(count for row in generation.accepted for count in row) / rows
     assert abs(measured - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
@@ -212,7 +212,7 @@ def test_heldout_loss_is_the_plain_mean(trained):
         for step in range(3):
             known = batch.tokens.roll(-1 - step, 1)
             state = drafter.advance(step, state, drafter.emb[0](known))
-            logits = drafter.head[0](state)[:, : -2 - step].flatten(0, 1)
+            logits = drafter.head[0](state.hidden)[:, : -2 - step].flatten(0, 1)
             targets = batch.tokens[:, 2 + step :].flatten()
             losses[step].append(F.cross_entropy(logits, targets, reduction="none"))
             hits[step].append((logits.argmax(-1) == targets).double())

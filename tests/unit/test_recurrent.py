@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.models.readout import Readout
-from spectitan.speculators.recurrent import MlpConfig, MlpSpeculator
+from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.speculators.registry import build_speculator
 from spectitan.types import BaseStates, TokenBatch
 
@@ -226,6 +226,6 @@ def test_combinations_that_cannot_be():
         build_speculator("mlp", MlpConfig(n_speculator_heads=1), base, Objective())
     with pytest.raises(UserError, match="speculator.speculator_width = 0; allowed"):
         build_speculator("mlp", MlpConfig(speculator_width=0), base, Objective())
-    with pytest.raises(UserError, match="speculator.type = 'mpl': allowed: mlp, none; did you mean 'mlp'?"):
+    with pytest.raises(UserError, match="speculator.type = 'mpl': allowed: mlp, lstm, none; did you mean 'mlp'?"):
         build_speculator("mpl", MlpConfig(), base, Objective())
     assert build_speculator("mlp", MlpConfig(), base, Objective()).width == HIDDEN

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
 from spectitan.errors import UserError
-from spectitan.speculators.recurrent import MlpSpeculator
+from spectitan.speculators.mlp import MlpSpeculator
 from spectitan.speculators.serving import load_speculator, name_of_base, read_folder, write_folder
 from spectitan.types import BaseStates
 from tests.unit.test_recurrent import FIXTURES, HIDDEN, VOCAB, WIDTH, greedy, make_speculator

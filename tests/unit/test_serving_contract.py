@@ -19,7 +19,10 @@ from spectitan.types import BaseStates, TokenBatch
 
 VOCAB, LENGTH, PROMPT, ROWS = 61, 40, 8, 6
 # The smallest configuration of each family, for n steps.
-CONFIGS = {"mlp": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_weights=n > 1)}
+CONFIGS = {
+    "mlp": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_weights=n > 1),
+    "lstm": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_lstm_embs=n % 2 == 0),
+}
 
 
 def as_batch(tokens: Tensor) -> TokenBatch:
@@ -65,7 +68,7 @@ def right_by_step(monkeypatch):
     seen = {}
 
     def watch(speculator: Speculator):
-        module = sys.modules[type(speculator).__module__]
+        module = sys.modules[speculator.forward.__func__.__module__]
         collect = module.collect_loss
 
         def spy(total, row_stats, targets, rows):

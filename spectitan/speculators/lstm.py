@@ -1,0 +1,57 @@
+"""The LSTM speculator, as ArcticTraining defines it (`method: sum_lstm`; https://github.com/snowflakedb/ArcticTraining)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectitan.config.sections import Objective, key
+from spectitan.errors import UserError
+from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, entry, levels
+
+GATES = ("forget", "input", "output", "cell")  # their order in the rows of `proj` and the columns of `emb`, as servers fuse them
+
+
+@dataclass
+class LstmConfig(RecurrentConfig):
+    """Keys of the LSTM speculator."""
+
+    tie_lstm_embs: bool = key(True, "one embedding for the four gates; servers need it")
+
+
+class LstmSpeculator(RecurrentSpeculator):
+    """`speculator.type = "lstm"` (sum_lstm): each gate is proj(h) + alpha * emb(x), all four in one product and one lookup.
+
+        f, i, o = sigmoid of their gates;  c = c * f + gelu(cell_ln(cell gate)) * i;  h = inner(gelu(state_ln(c)) * o)
+
+    c starts at 0. Step 0 has a projection of its own, all else is shared by all steps. `inner` is empty without widths by level.
+    """
+
+    def __init__(self, config: LstmConfig, base_config, objective: Objective):
+        super().__init__(config, base_config, objective)
+        if not self.tied:
+            raise UserError('speculator.tie_weights = false; allowed: true with speculator.type = "lstm"')
+        self.tied_embs, gates, state_width = config.tie_lstm_embs, len(GATES), self.inner_dim[-1]
+        lookups = 1 if self.tied_embs else gates
+        embedding = nn.Embedding(self.vocab_size, lookups * self.emb_dim[0])
+        self.emb = nn.ModuleList([chain(embedding, *levels(self.emb_dim, lookups))])
+        inputs = [self.hidden_size, state_width][: self.steps]
+        self.proj = nn.ModuleList(
+            chain(nn.Linear(size, gates * self.proj_dim[0], bias=False), *levels(self.proj_dim, gates)) for size in inputs
+        )
+        self.cell_ln, self.state_ln = ShiftedRMSNorm(self.width), ShiftedRMSNorm(self.width)
+        self.inner = nn.Sequential(*self.inner_levels())
+        self.head = nn.ModuleList([nn.Linear(state_width, self.vocab_size, bias=False)])
+
+    def advance(self, step: int, state: State, embedded: Tensor) -> State:
+        projected, embedded = (x.unflatten(-1, (-1, self.width)) for x in (entry(self.proj, step)(state.hidden), embedded))
+        gates = torch.add(projected, embedded, alpha=self.alpha)  # tied, one embedding is added to all four
+        forget, input, output = gates[..., :3, :].sigmoid().unbind(-2)
+        cell = F.gelu(self.cell_ln(gates[..., 3, :])) * input
+        if state.cell is not None:
+            cell = torch.addcmul(cell, state.cell, forget)
+        return State(self.inner(F.gelu(self.state_ln(cell)) * output), cell)
+
+    def modules_of_step(self, step: int) -> list[nn.Module]:
+        return [self.emb[0], entry(self.proj, step), self.inner]
