@@ -1,10 +1,9 @@
 """config.json of Hugging Face's Llama, Qwen2, Qwen3 and Mistral, read into and written from LlamaConfig."""
 
-import json
 import math
 from pathlib import Path
 
-from spectitan.errors import UserError
+from spectitan.models.config_file import ConfigFile
 from spectitan.models.layers import RopeScaling
 from spectitan.models.llama import LlamaConfig
 
@@ -23,20 +22,20 @@ def read_config(folder: Path) -> LlamaConfig:
     Raises:
         UserError: no such file, not JSON, a key that is missing or of a wrong type, or a feature that EmbedLLaMA has not.
     """
-    keys = _Keys(folder / "config.json")
+    keys = ConfigFile(folder, "a base model's folder has config.json, safetensors and a tokenizer")
     model_type = keys.text("model_type")
     keys.must(model_type in ARCHITECTURES, "model_type", f"embedllama reads {', '.join(ARCHITECTURES)}")
     keys.must(keys.get("hidden_act", "silu") == "silu", "hidden_act", "allowed: silu")
-    unquantised = keys.get("quantization_config", None) is None
+    unquantised = keys.get("quantization_config") is None
     keys.must(unquantised, "quantization_config", "quantised weights cannot be read; use the float weights")
     hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
     head_dim = keys.count("head_dim", None if model_type == "qwen3" else hidden_size // num_heads)
     keys.must(head_dim % 2 == 0, "head_dim", "rotary positions need an even number")
     num_kv_heads = keys.count("num_key_value_heads", num_heads if model_type == "llama" else None)
     keys.must(num_heads % num_kv_heads == 0, "num_key_value_heads", f"it must divide num_attention_heads = {num_heads}")
-    attention_bias = model_type in ("llama", "qwen3") and keys.switch("attention_bias")
+    attention_bias = model_type in ("llama", "qwen3") and keys.flag("attention_bias")
     rope_theta, rope_scaling = _read_rope(keys)
-    bos, eos = keys.get("bos_token_id", None), keys.get("eos_token_id", None)
+    bos, eos = keys.get("bos_token_id"), keys.get("eos_token_id")
     keys.must(isinstance(bos, int | None), "bos_token_id", "an integer or null is expected")
     eos_is_known = all(isinstance(token, int) for token in eos) if isinstance(eos, list) else isinstance(eos, int | None)
     keys.must(eos_is_known, "eos_token_id", "an integer, a list of them, or null is expected")
@@ -52,10 +51,10 @@ def read_config(folder: Path) -> LlamaConfig:
         norm_eps=keys.number("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_embeddings=keys.switch("tie_word_embeddings"),
+        tie_embeddings=keys.flag("tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=model_type == "llama" and keys.switch("mlp_bias"),
+        mlp_bias=model_type == "llama" and keys.flag("mlp_bias"),
         qk_norm=model_type == "qwen3",
         sliding_window=_read_sliding_window(keys, model_type),
         initializer_range=keys.number("initializer_range", 0.02),
@@ -106,63 +105,12 @@ def config_to_json(config: LlamaConfig, dtype_name: str) -> dict:
     return content
 
 
-class _Keys:
-    """The keys of one config.json, checked one by one as they are read."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        try:
-            self.content = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; a base model's folder has config.json, safetensors and a tokenizer") from None
-        except ValueError as error:  # undecodable, or no JSON
-            raise UserError(f"{file}: not JSON: {error}") from None
-        if not isinstance(self.content, dict):
-            raise UserError(f"{file}: a JSON object is expected, found {type(self.content).__name__}")
-
-    def must(self, condition: bool, name: str, allowed: str) -> None:
-        if not condition:
-            raise UserError(f"{self.file}: {name} = {json.dumps(self.content.get(name))}: {allowed}")
-
-    def get(self, name: str, default):
-        return self.content.get(name, default)
-
-    def _required(self, name: str, default):
-        """A key's value; null and absent mean the default, and are refused where there is none."""
-        value = self.content.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise UserError(f"{self.file}: {name} is missing")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self._required(name, None)
-        self.must(isinstance(value, str), name, "a string is expected")
-        return value
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self._required(name, default)
-        self.must(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, "an integer of at least 1 is expected")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._required(name, default)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        self.must(number and math.isfinite(value) and value >= 0, name, "a number of at least 0 is expected")
-        return float(value)
-
-    def switch(self, name: str) -> bool:
-        value = self._required(name, False)
-        self.must(isinstance(value, bool), name, "true or false is expected")
-        return value
-
-
-def _read_rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
+def _read_rope(keys: ConfigFile) -> tuple[float, RopeScaling | None]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older ones."""
-    name = "rope_parameters" if keys.get("rope_parameters", None) is not None else "rope_scaling"
-    rope = keys.get(name, None) or {}
+    name = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
+    rope = keys.get(name) or {}
     keys.must(isinstance(rope, dict), name, "an object or null is expected")
-    theta = rope.get("rope_theta", keys.get("rope_theta", None))
+    theta = rope.get("rope_theta", keys.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     keys.must(rope_type in _ROPE_TYPES, name, f"allowed rope_type: {', '.join(_ROPE_TYPES)}")
@@ -177,17 +125,17 @@ def _read_rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
         return float(theta), None
     if rope_type == "linear":
         return float(theta), RopeScaling("linear", float(values["factor"]))
-    original = rope.get("original_max_position_embeddings", keys.get("max_position_embeddings", None))
+    original = rope.get("original_max_position_embeddings", keys.get("max_position_embeddings"))
     keys.must(isinstance(original, int) and original > 0, name, "original_max_position_embeddings must be an integer above 0")
     keys.must(values["high_freq_factor"] != values["low_freq_factor"], name, "low_freq_factor and high_freq_factor must differ")
     return float(theta), RopeScaling(original_max_position_embeddings=original, type="llama3", **{k: float(v) for k, v in values.items()})
 
 
-def _read_sliding_window(keys: _Keys, model_type: str) -> int:
+def _read_sliding_window(keys: ConfigFile, model_type: str) -> int:
     """-1 for none. Mistral has one window for all layers; in Qwen it may differ by layer, which EmbedLLaMA has not."""
     if model_type == "mistral":
         return -1 if keys.get("sliding_window", 4096) is None else keys.count("sliding_window", 4096)
-    keys.must(not keys.switch("use_sliding_window"), "use_sliding_window", f"{model_type} is read without a sliding window only")
-    layer_types = keys.get("layer_types", None) or []
+    keys.must(not keys.flag("use_sliding_window"), "use_sliding_window", f"{model_type} is read without a sliding window only")
+    layer_types = keys.get("layer_types") or []
     keys.must(set(layer_types) <= {"full_attention"}, "layer_types", "allowed: full_attention in every layer")
     return -1

@@ -218,7 +218,7 @@ def test_defaults_are_those_of_the_family(folder):
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
         ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
         ({"hidden_size": "big"}, 'hidden_size = "big": an integer'),
-        ({"hidden_size": 0}, "hidden_size = 0: an integer of at least 1"),
+        ({"hidden_size": 0}, "hidden_size = 0: an integer from 1 to 2147483647"),
         ({"num_attention_heads": True}, "num_attention_heads = true: an integer"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps = NaN: a number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: true or false"),
