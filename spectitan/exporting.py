@@ -7,7 +7,8 @@ import torch
 from spectitan.config.manager import Config
 from spectitan.errors import UserError
 from spectitan.models.weights import save_hf
-from spectitan.speculators.serving import default_format, name_of_base, serve_notes, write_folder
+from spectitan.speculators.serve_notes import serve_notes
+from spectitan.speculators.serving import choose_format, name_of_base, write_folder
 from spectitan.trained import find_trained, load_base, locate_base, read_speculator
 
 
@@ -21,15 +22,14 @@ def export_run(config: Config) -> None:
     if trained is None:
         raise UserError(f"job.dump_folder = {config.job.dump_folder!r} has no checkpoint and speculator.path is empty: nothing to export")
     target = Path(config.export.path or Path(config.job.dump_folder) / "export")
-    speculator_type = trained.keys.get("speculator.type", config.speculator.type)
-    format = config.export.format
-    if format == "auto":
-        format = "hf" if speculator_type == "none" else default_format(speculator_type)
+    format, has_speculator = config.export.format, trained.keys.get("speculator.type") != "none"
     if format == "none":
-        raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, hf')
-    if format == "hf":
+        raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, arctic, verl, hf')
+    if format == "hf" or format == "auto" and not has_speculator:
         if trained.keys.get("base.freeze", True):
-            raise UserError(f'export.format = "hf" writes a trained base, and {trained.path} holds none; allowed: auto, mlp_speculator')
+            raise UserError(
+                f'export.format = "hf" writes a trained base, and {trained.path} holds none; allowed: auto, mlp_speculator, arctic, verl'
+            )
         base, base_path = load_base(config, torch.bfloat16)
         save_hf(base, target, torch.bfloat16, tokenizer_files_from=base_path)
         print(f"{target}: the base of {trained.path}, in Hugging Face layout")
@@ -38,6 +38,7 @@ def export_run(config: Config) -> None:
     speculator = read_speculator(trained, base_config)
     if speculator is None:
         raise UserError(f'export.format = "{format}": {trained.path} holds a base and no speculator; allowed: auto, hf')
+    format = choose_format(speculator, format)
     write_folder(speculator, target, format, base_path, config.export.base_name)
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
     print("\n".join(serve_notes(format, str(target), name_of_base(base_path, config.export.base_name), speculator.steps)))

@@ -30,25 +30,35 @@ def locate_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], ignored: se
         UserError: a damaged file, a pickled checkpoint, a path that leaves the folder, missing or extra tensors, a wrong
             shape or dtype.
     """
+    located = list_tensors(folder)
+    where = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    check_tensors(where, {name: shape for name, (_, shape) in located.items()}, shapes, ignored)
+    return {name: located[name][0] for name in shapes}
+
+
+def list_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Name -> file and shape of every tensor of a folder, all files checked. Raises as `locate_tensors`."""
     promised = _read_index(folder)
-    files = {folder / SINGLE} if promised is None else set(promised.values())
-    located, found = {}, {}
-    for file in sorted(files):
+    located = {}
+    for file in sorted({folder / SINGLE} if promised is None else set(promised.values())):
         for name, shape in read_header(file).items():
             if promised is not None and promised.get(name) != file:
                 raise UserError(f"{file}: tensor {name} is not what {INDEX} says of this file")
-            located[name], found[name] = file, shape
-    where = folder / (SINGLE if promised is None else INDEX)
-    missing = sorted(shapes.keys() - located.keys())
+            located[name] = file, shape
+    return located
+
+
+def check_tensors(where: Path, found: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
+    """Refuses missing and extra tensors and wrong shapes of what stands in `where`. Raises as `locate_tensors`."""
+    missing = sorted(shapes.keys() - found.keys())
     if missing:
         raise UserError(f"{where}: {len(missing)} tensors that config.json asks for are missing: {_some(missing)}")
-    extra = sorted(name for name in located.keys() - shapes.keys() - ignored if not name.endswith(".rotary_emb.inv_freq"))
+    extra = sorted(name for name in found.keys() - shapes.keys() - ignored if not name.endswith(".rotary_emb.inv_freq"))
     if extra:
         raise UserError(f"{where}: {len(extra)} tensors that config.json does not know: {_some(extra)}")
     for name, shape in shapes.items():
         if found[name] != shape:
-            raise UserError(f"{located[name]}: {name} is {list(found[name])}, config.json asks for {list(shape)}")
-    return {name: located[name] for name in shapes}
+            raise UserError(f"{where}: {name} is {list(found[name])}, config.json asks for {list(shape)}")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spectitan.models.config_file import ConfigFile
 from spectitan.models.kv_cache import KVCache
 from spectitan.models.readout import Readout
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch, to_device
@@ -77,15 +78,11 @@ class Speculator(nn.Module):
     taps: tuple[int, ...] = ()  # layer ids of the base whose states it reads, ascending; the final state is always there
     steps: int = 1  # tokens it is trained to look ahead
     metrics: tuple[str, ...] = ("loss", "accuracy", "alpha", "full_accuracy")  # columns of Loss.sums; the first four are fixed
+    formats: tuple[str, ...] = ()  # of export.format, that can hold it; auto is the first that holds all of it
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draws every parameter in full from one generator, in a fixed order: all layouts start from the same numbers."""
         raise NotImplementedError
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """What the rows of Loss.sums are of, for reports."""
-        return tuple(f"head {step}" for step in range(self.steps))
 
     def align(self, batch: TokenBatch) -> Targets:
         """The supervised pairs of a batch: pure, on the host, from loss_mask, document_ids and index only."""
@@ -125,5 +122,20 @@ class Speculator(nn.Module):
         raise NotImplementedError
 
     def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
-        """config.json and tensors of a serving folder (spectitan/speculators/serving.py writes it)."""
+        """config.json and tensors of a folder (spectitan/speculators/serving.py writes and reads it).
+
+        The tensors are the parameters or views of them, so that a folder can be read into them; a weight with several names
+        is one object under all of them.
+
+        Args:
+            format: one of `formats`.
+
+        Raises:
+            UserError: the format cannot hold this one, naming the key that is in the way.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def config_from_folder(file: ConfigFile, format: str) -> tuple[object, int, int]:
+        """The family's keys, the base's hidden size and its vocabulary size, as `serving` wrote them."""
         raise NotImplementedError

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
+from spectitan.models.config_file import ConfigFile
 from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, entry, levels
+from spectitan.speculators.recurrent_folders import arctic_config, read_arctic, single_width
 
 GATES = ("forget", "input", "output", "cell")  # their order in the rows of `proj` and the columns of `emb`, as servers fuse them
 
@@ -27,6 +29,8 @@ class LstmSpeculator(RecurrentSpeculator):
 
     c starts at 0. Step 0 has a projection of its own, all else is shared by all steps. `inner` is empty without widths by level.
     """
+
+    formats = ("arctic", "verl")
 
     def __init__(self, config: LstmConfig, base_config, objective: Objective):
         super().__init__(config, base_config, objective)
@@ -55,3 +59,37 @@ class LstmSpeculator(RecurrentSpeculator):
 
     def modules_of_step(self, step: int) -> list[nn.Module]:
         return [self.emb[0], entry(self.proj, step), self.inner]
+
+    def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
+        """Arctic's layout, one tensor a gate, which ArcticInference fuses again. VERL's repeats what is shared, under each name."""
+        if format == "arctic":
+            single_width(self, format)
+            if not self.tied_embs:
+                raise UserError(
+                    'export.format = "arctic": speculator.tie_lstm_embs = false; ArcticInference takes true; allowed: verl, none'
+                )
+        repeats = format == "verl"
+        state, tensors = self.state_dict(), {}
+        embedding = next(name for name in state if name.startswith("emb."))
+        for name, tensor in state.items():
+            kind, _, place = name.partition(".")
+            if kind == "emb" and self.tied_embs:
+                tensors |= {f"{gate}_emb.{place}": tensor for gate in (GATES if repeats else GATES[:1])}
+            elif kind in ("emb", "proj"):
+                parts = tensor.chunk(len(GATES), dim=1 if name == embedding else 0)
+                tensors |= {f"{gate}_{kind}.{place}": part for gate, part in zip(GATES, parts)}
+            elif kind in ("cell_ln", "state_ln"):
+                tensors[f"{kind}.0.{place}"] = tensor
+            elif kind == "head":
+                tensors |= {f"head.{step}.weight": tensor for step in range(self.steps if repeats else 1)}
+            else:
+                tensors[name] = tensor
+        if self.steps == 1:  # readers ask for the projections of later steps all the same
+            shape = self.proj_dim[0], self.inner_dim[-1]
+            tensors |= {f"{gate}_proj.1.weight": state[embedding].new_zeros(shape) for gate in GATES}
+        return arctic_config(self, "sum_lstm") | {"tie_lstm_embs": self.tied_embs}, tensors
+
+    @staticmethod
+    def config_from_folder(file: ConfigFile, format: str) -> tuple[LstmConfig, int, int]:
+        keys, hidden_size, vocab_size = read_arctic(file)
+        return LstmConfig(**keys, tie_lstm_embs=file.flag("tie_lstm_embs")), hidden_size, vocab_size

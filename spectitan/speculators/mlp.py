@@ -1,5 +1,6 @@
 """The MLP speculator of Wertheimer et al. 2024 (https://arxiv.org/abs/2404.19124), as IBM's fms-extras defines it."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
-from spectitan.speculators.folder_config import FolderConfig
-from spectitan.speculators.recurrent import MAX_HEADS, RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, entry, levels
+from spectitan.models.config_file import ConfigFile
+from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, entry, levels
+from spectitan.speculators.recurrent_folders import arctic_config, ibm_config, read_arctic, read_ibm
 
 
 @dataclass
@@ -23,6 +25,8 @@ class MlpSpeculator(RecurrentSpeculator):
     Weights that steps share are held once: tied, the lists `emb`, `ln` and `head` have one entry and `proj` two, and
     step i takes entry i or the last one. With widths by level, each of emb, proj and ln is a chain (ArcticTraining's).
     """
+
+    formats = ("mlp_speculator", "arctic", "verl")
 
     def __init__(self, config: MlpConfig, base_config, objective: Objective):
         super().__init__(config, base_config, objective)
@@ -43,24 +47,14 @@ class MlpSpeculator(RecurrentSpeculator):
         return [entry(self.emb, step), entry(self.proj, step), entry(self.ln, step)]
 
     def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
-        """IBM's `mlp_speculator` layout, which fms-extras defines. It repeats what steps share: not all readers tie it themselves."""
-        if format != "mlp_speculator":
-            raise UserError(f"export.format = {format!r}: a speculator of type mlp is written as mlp_speculator")
-        config = {
-            "architectures": ["MLPSpeculatorPreTrainedModel"],
-            "model_type": "mlp_speculator",
-            "vocab_size": self.vocab_size,
-            "emb_dim": self.hidden_size,
-            "inner_dim": self.single_width(format),
-            "n_predict": self.steps,
-            # The tree of readers that draft one: their default of 5, 4, 3, continued.
-            "top_k_tokens_per_head": [max(5 - step, 1) for step in range(self.steps)],
-            "n_candidates": 5,
-            "tie_weights": self.tied,
-            "scale_input": self.scale_input,
-        }
+        """IBM's layout, also ArcticInference's own, repeats what steps share: not all readers tie it. VERL's has parts as chains."""
         state = self.state_dict()
-        tensors = {}
+        if format == "verl":
+            heads = {f"head.{step}.weight": state[f"head.{min(step, len(self.head) - 1)}.weight"] for step in range(self.steps)}
+            chained = {re.sub(r"^(emb|proj|ln)\.(\d+)\.([a-z])", r"\1.\2.0.\3", name): tensor for name, tensor in state.items()}
+            return arctic_config(self, "sum_rnn") | {"tie_lstm_embs": False}, chained | heads
+        architecture = {"mlp_speculator": "MLPSpeculatorPreTrainedModel", "arctic": "ArcticMLPSpeculatorPreTrainedModel"}[format]
+        config, tensors = ibm_config(self, architecture, format), {}
         for step in range(self.steps):
             for kind in ("emb", "proj", "ln", "head"):
                 index = min(step, len(getattr(self, kind)) - 1)
@@ -69,13 +63,6 @@ class MlpSpeculator(RecurrentSpeculator):
         return config, tensors
 
     @staticmethod
-    def config_from_folder(config: FolderConfig) -> tuple[MlpConfig, int, int]:
-        """Its keys, the base's hidden size and vocabulary size, from the config.json of an `mlp_speculator` folder."""
-        hidden_size = config.count("emb_dim")
-        keys = MlpConfig(
-            n_speculator_heads=config.count("n_predict", at_most=MAX_HEADS),
-            speculator_width=config.count("inner_dim", at_least=0) or hidden_size,
-            tie_weights=config.flag("tie_weights"),
-            scale_input=config.flag("scale_input"),
-        )
-        return keys, hidden_size, config.count("vocab_size")
+    def config_from_folder(file: ConfigFile, format: str) -> tuple[MlpConfig, int, int]:
+        keys, hidden_size, vocab_size = read_arctic(file) if format == "verl" else read_ibm(file)
+        return MlpConfig(**keys), hidden_size, vocab_size

@@ -142,21 +142,6 @@ class RecurrentSpeculator(Speculator):
         """All that a row goes through at a step, but for the head."""
         raise NotImplementedError
 
-    def single_width(self, format: str) -> int:
-        """The one width of all parts, which is what servers know.
-
-        Raises:
-            UserError: widths by level, or different ones.
-        """
-        for name in WIDTH_KEYS:
-            if getattr(self, name) != [self.width]:
-                found = ".".join(map(str, getattr(self, name)))
-                raise UserError(
-                    f'export.format = "{format}": speculator.{name} = {found}; servers take a single width, '
-                    "the same for emb_dim, proj_dim and inner_dim"
-                )
-        return self.width
-
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices from N(0, 1 / sqrt(width)), in the order of `named_parameters`; norms 1, biases 0."""
         for name, parameter in self.named_parameters():

@@ -39,3 +39,8 @@ def build_speculator(type: str, config, base_config, objective: Objective) -> Sp
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"speculator.type = {type!r}: allowed: {', '.join(SPECULATORS)}, none{hint}")
     return SPECULATORS[type][1](config, base_config, objective)
+
+
+def type_of(speculator: Speculator) -> str:
+    """The `speculator.type` of a registered family's speculator."""
+    return next(name for name, (_, family) in SPECULATORS.items() if family is type(speculator))

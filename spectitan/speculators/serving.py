@@ -1,44 +1,77 @@
-"""Folders with a trained speculator: written for servers, and read back.
+"""Folders with a trained speculator: written for servers and other trainers, and read back.
 
-    config.json  model.safetensors  README.md
+    config.json  model.safetensors (verl: pytorch_model.bin)  README.md
 
 The family says what stands in config.json and under which names (`Speculator.serving`); this file writes and reads it.
 """
 
 import json
 import os
-import shlex
 import shutil
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
+from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import ARCHITECTURES, read_config
-from spectitan.models.safetensors_files import SINGLE, locate_tensors, open_tensors
+from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors
 from spectitan.speculators.base import Speculator
-from spectitan.speculators.folder_config import FolderConfig
-from spectitan.speculators.registry import SPECULATORS
+from spectitan.speculators.pickled_tensors import PICKLE, read_pickled, write_pickled
+from spectitan.speculators.registry import SPECULATORS, type_of
+from spectitan.speculators.serve_notes import folder_readme
 
-# architectures[0] of config.json -> (speculator.type, format)
-_ARCHITECTURES = {"MLPSpeculatorPreTrainedModel": ("mlp", "mlp_speculator")}
-_FORMAT_OF_TYPE = {type: format for type, format in reversed(_ARCHITECTURES.values())}
+# architectures[0] and method in config.json -> speculator.type, and the export.format whose tensor names are its
+_LAYOUTS = {
+    ("MLPSpeculatorPreTrainedModel", "sum_rnn"): ("mlp", "mlp_speculator"),
+    ("ArcticMLPSpeculatorPreTrainedModel", "sum_rnn"): ("mlp", "arctic"),
+    ("ArcticLSTMSpeculatorPreTrainedModel", "sum_rnn"): ("mlp", "verl"),
+    ("ArcticLSTMSpeculatorPreTrainedModel", "sum_lstm"): ("lstm", "verl"),
+}
+_PREFIX = "speculator."  # of tensor names, in some layouts
 
 
-class _BaseShape(NamedTuple):
+class BaseShape(NamedTuple):
     hidden_size: int
     vocab_size: int
 
 
-def default_format(type: str) -> str:
-    """What `export.format = "auto"` means for a family."""
-    return _FORMAT_OF_TYPE[type]
+class Description(NamedTuple):
+    """What the config.json of a folder says."""
+
+    file: Path
+    type: str  # speculator.type
+    config: object  # the family's keys
+    format: str  # whose tensor names it has
+    base_shape: BaseShape
+    base_fingerprint: str  # empty in folders of other systems
+
+
+def choose_format(speculator: Speculator, format: str) -> str:
+    """`export.format` itself if it can hold the speculator; auto is the family's first that can.
+
+    Raises:
+        UserError: it cannot, naming the key that is in the way.
+    """
+    if format == "auto":
+        return next(format for format in speculator.formats if _holds(format, speculator))
+    if format not in speculator.formats:
+        allowed = ", ".join(["auto", *speculator.formats])
+        raise UserError(f'export.format = "{format}" with speculator.type = "{type_of(speculator)}"; allowed: {allowed}')
+    speculator.serving(format)
+    return format
+
+
+def _holds(format: str, speculator: Speculator) -> bool:
+    try:
+        speculator.serving(format)
+    except UserError:
+        return False
+    return True
 
 
 def name_of_base(base_path: Path, name: str = "") -> str:
@@ -52,18 +85,21 @@ def name_of_base(base_path: Path, name: str = "") -> str:
     return name or base_path.resolve().name
 
 
-def write_folder(speculator: Speculator, path: str | Path, format: str, base_path: Path, base_name: str = "") -> None:
-    """Writes a serving folder, in float32. Every rank calls it; rank 0 writes.
+def write_folder(
+    speculator: Speculator, path: str | Path, format: str, base_path: Path, base_name: str = "", base_fingerprint: str = ""
+) -> None:
+    """Writes a folder, in float32.
 
     All is written to a folder beside `path` first. A new `path` then appears at once; in one that exists, the three files
-    are replaced, each at once, and others stay. The same speculator gives the same bytes.
+    are replaced, each at once, weights of another format removed, and other files stay. The same speculator gives the same bytes.
 
     Args:
-        speculator: sharded or not.
+        speculator: whole, not sharded.
         path: the folder, made with its parents.
         format: as `export.format`, not auto.
         base_path: the base's folder; its config.json is read.
         base_name: what the folder calls the base; "": see `name_of_base`.
+        base_fingerprint: of the base that it was trained for; "": unknown.
 
     Raises:
         UserError: the format cannot hold this speculator.
@@ -74,137 +110,126 @@ def write_folder(speculator: Speculator, path: str | Path, format: str, base_pat
         "base_model_archs": [ARCHITECTURES[read_config(base_path).model_type]],
         "torch_dtype": "float32",
     }
-    # A name that repeats another's tensor gets a copy: safetensors has no aliases.
-    full = {name: _full(tensor).to("cpu", torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
+    if base_fingerprint:
+        config["base_fingerprint"] = base_fingerprint
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        save_file(full, temporary / SINGLE, metadata={"format": "pt"})
+        _write_tensors(tensors, temporary, pickled=format == "verl")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(temporary / "config.json", temporary / SINGLE)  # safetensors lets only the owner read
-        (temporary / "README.md").write_text(_readme(config, sum(p.numel() for p in speculator.parameters())), encoding="utf-8")
+        for file in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
+        readme = folder_readme(type_of(speculator), format, config, sum(parameter.numel() for parameter in speculator.parameters()))
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
         if not path.exists():
             temporary.rename(path)
             return
+        new = {file.name for file in temporary.iterdir()}
         for file in sorted(temporary.iterdir()):
             file.replace(path / file.name)
+        for old in {SINGLE, INDEX, PICKLE} - new:
+            (path / old).unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_folder(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and the tensors of a serving folder, after checking that they are a whole speculator.
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, pickled: bool) -> None:
+    whole = {id(tensor): tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for tensor in tensors.values()}
+    named = {name: whole[id(tensor)] for name, tensor in tensors.items()}
+    if pickled:
+        write_pickled(named, folder / PICKLE)
+        return
+    written: set[int] = set()
+    for name, tensor in named.items():  # safetensors has no aliases: a name that repeats another's tensor gets a copy
+        if id(tensor) in written:
+            named[name] = tensor.clone()
+        written.add(id(tensor))
+    save_file(named, folder / SINGLE, metadata={"format": "pt"})
+
+
+def describe_folder(path: str | Path) -> Description:
+    """What a folder's config.json says; no weights are read.
 
     Raises:
-        UserError: one line that names the file: a missing or damaged one, a value that is not allowed, missing or extra
-            tensors, a wrong shape, or tied weights that differ.
+        UserError: one line that names the file: no such file, or a value that is not allowed.
     """
-    folder = FolderConfig(Path(path))
-    _, _, expected = _skeleton(folder)
-    return folder.content, _read_tensors(Path(path), expected)
+    file = ConfigFile(Path(path), "a speculator's folder has config.json and its weights")
+    given = file.get("architectures")
+    architecture = given[0] if isinstance(given, list) and len(given) == 1 else given  # ArcticTraining's mlp has no list
+    file.must(isinstance(architecture, str), "architectures", "allowed: a list with one name")
+    known = dict.fromkeys(architecture for architecture, _ in _LAYOUTS)
+    file.must(architecture in known, "architectures", f"allowed: {', '.join(known)}")
+    method = file.text("method", "sum_rnn")
+    methods = [method for known, method in _LAYOUTS if known == architecture]
+    file.must(method in methods, "method", f"allowed: {', '.join(methods)}")
+    type, format = _LAYOUTS[architecture, method]
+    config, *base_shape = SPECULATORS[type][1].config_from_folder(file, format)
+    return Description(file.file, type, config, format, BaseShape(*base_shape), file.text("base_fingerprint", ""))
 
 
 def load_speculator(path: str | Path, base_config, objective: Objective = Objective()) -> Speculator:
-    """The speculator of a serving folder, in float32 on the CPU.
+    """The speculator of a folder, in float32 on the CPU.
 
     Args:
         base_config: the base's `hidden_size` and `vocab_size`.
         objective: the loss for training it on.
 
     Raises:
-        UserError: as `read_folder`; or the folder is of another base.
+        UserError: one line that names the file: a missing or damaged one, a value that is not allowed, missing or extra
+            tensors, a wrong shape, shared weights that differ; or the speculator is for a base of another shape.
     """
-    folder = FolderConfig(Path(path))
-    module, base_shape, expected = _skeleton(folder, objective)
-    if base_shape != (base_config.hidden_size, base_config.vocab_size):
+    folder = describe_folder(path)
+    if folder.base_shape != (base_config.hidden_size, base_config.vocab_size):
         raise UserError(
-            f"{folder.file}: the speculator is for a base with hidden size {base_shape.hidden_size} and vocabulary "
-            f"{base_shape.vocab_size}; this base has {base_config.hidden_size} and {base_config.vocab_size}"
+            f"{folder.file}: the speculator is for a base with hidden size {folder.base_shape.hidden_size} and vocabulary "
+            f"{folder.base_shape.vocab_size}; this base has {base_config.hidden_size} and {base_config.vocab_size}"
         )
+    try:
+        with torch.device("meta"):
+            module = SPECULATORS[folder.type][1](folder.config, folder.base_shape, objective)
+        expected = {name.removeprefix(_PREFIX): tensor for name, tensor in module.serving(folder.format)[1].items()}
+    except UserError as error:
+        raise UserError(f"{folder.file}: {error}") from None
     stored = _read_tensors(Path(path), expected)
     module.to_empty(device="cpu")
-    _, views = module.serving(_ARCHITECTURES[folder.architecture()][1])
-    for name, tensor in stored.items():
-        views[name].copy_(tensor)
+    with torch.no_grad():
+        for name, view in module.serving(folder.format)[1].items():
+            if name.removeprefix(_PREFIX) in stored:
+                view.copy_(stored[name.removeprefix(_PREFIX)])
     return module
 
 
-def serve_notes(format: str, folder: str, base_name: str, num_draft_tokens: int) -> list[str]:
-    """Lines that say how to serve a folder: the command, and which servers take it."""
-    assert format == "mlp_speculator", format
-
-    def command(**more: str) -> str:
-        speculative_config = json.dumps(more | {"model": folder, "num_speculative_tokens": num_draft_tokens})
-        return f"vllm serve {shlex.quote(base_name)} --speculative-config {shlex.quote(speculative_config)}"
-
-    return [
-        f"VLLM_USE_V1=0 {command()}",
-        "",
-        "Servers that take it:",
-        "- vLLM 0.9 with its V0 engine (VLLM_USE_V1=0, the command above). Its V1 engine, the only one of later versions, does not.",
-        '- ArcticInference (on vLLM 0.18), once "architectures" in config.json is ["ArcticMLPSpeculatorPreTrainedModel"]:',
-        f"  ARCTIC_INFERENCE_ENABLED=1 {command(method='arctic')}",
-        "- IBM's fms-extras, whose layout it is.",
-    ]
-
-
-def _readme(config: dict, parameters: int) -> str:
-    heads = config["n_predict"]
-    notes = serve_notes("mlp_speculator", ".", config["base_model_name_or_path"], heads)
-    return "\n".join(
-        [
-            f"# MLP speculator for {config['base_model_name_or_path']}",
-            "",
-            f"A draft model for speculative decoding: {heads} heads, width {config['inner_dim']}, {parameters:,} parameters, in IBM's",
-            "`mlp_speculator` layout. Written by spectitan. It works with the base model above and no other. In this folder:",
-            "",
-            f"    {notes[0]}",
-            *notes[1:],
-            "",
-        ]
-    )
-
-
-def _skeleton(folder: FolderConfig, objective: Objective = Objective()) -> tuple[Speculator, _BaseShape, dict[str, Tensor]]:
-    """The speculator that a config.json describes and its tensors by name, all on the meta device, and its base's shape."""
-    architecture = folder.architecture()
-    if architecture not in _ARCHITECTURES:
-        raise UserError(f"{folder.file}: architectures = {architecture!r}: allowed: {', '.join(_ARCHITECTURES)}")
-    type, format = _ARCHITECTURES[architecture]
-    family = SPECULATORS[type][1]
-    config, *shape = family.config_from_folder(folder)
-    base_shape = _BaseShape(*shape)
-    try:
-        with torch.device("meta"):
-            module = family(config, base_shape, objective)
-    except UserError as error:
-        raise UserError(f"{folder.file}: {error}") from None
-    return module, base_shape, module.serving(format)[1]
-
-
 def _read_tensors(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors that the folder has, by name.
+    """All tensors of a folder, by name without the prefix.
 
-    Names that share one tensor in `expected` are one weight of several steps: some writers store all of them, some the first
-    only.
+    Names that share one tensor in `expected` are one weight with several names: some writers store all, some the first only.
     """
     first_name: dict[int, str] = {}
     for name, tensor in expected.items():
         first_name.setdefault(id(tensor), name)
     repeats = {name: first_name[id(tensor)] for name, tensor in expected.items() if first_name[id(tensor)] != name}
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items() if name not in repeats}
-    stored = {}
-    for file in sorted(set(locate_tensors(folder, shapes, set(repeats)).values())):
+
+    pickled = (folder / PICKLE).is_file() and not (folder / SINGLE).is_file() and not (folder / INDEX).is_file()
+    where = folder / next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), PICKLE)
+    stored, files = {}, {}
+    if pickled:
+        stored = read_pickled(where)
+        found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    else:
+        located = list_tensors(folder)
+        files = {file for file, _ in located.values()}
+        found = {name: shape for name, (_, shape) in located.items()}
+    bare = {name.removeprefix(_PREFIX): shape for name, shape in found.items()}
+    if len(bare) < len(found):
+        raise UserError(f"{where}: tensors with and without the prefix {_PREFIX!r}; allowed: all names one way")
+    check_tensors(where, bare, shapes, set(repeats))
+    for file in sorted(files):
         with open_tensors(file) as tensors:
-            stored |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in expected}
+            stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+    stored = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items() if name.removeprefix(_PREFIX) in expected}
     for name, original in repeats.items():
         if name in stored and not torch.equal(stored[name], stored[original]):
-            raise UserError(f"{folder / SINGLE}: {name} differs from {original}; with tie_weights they are one weight")
+            raise UserError(f"{where}: {name} differs from {original}; config.json says that they are one weight")
     return stored
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
