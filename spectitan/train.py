@@ -1,7 +1,7 @@
-"""Trains a speculator for a base model, or a base alone: the loop, readable from top to bottom.
+"""Trains a speculator for a base model, both together, or a base alone: the loop, readable from top to bottom.
 
-torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
-python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
+    torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
+    python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
 """
 
 import contextlib
@@ -36,15 +36,17 @@ from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
+from spectitan.speculators.joint import Joint
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.speculators.serving import choose_format
 from spectitan.states.online import OnlineStates
+from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
 from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity, run_identity, warn_of_other_text
 from spectitan.training.metrics import MetricsLogger
-from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
+from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rate, step_if_finite
 from spectitan.training.reporter import Reporter
 from spectitan.training.run_folder import begin_run_folder, check_can_be_moved, check_can_be_written
 from spectitan.training.schedule import learning_rate_multiplier
@@ -115,7 +117,7 @@ class Trainer:
             config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
         )
         self.reporter = Reporter(
-            self.metrics, [f"head {head}" for head in range(self.speculator.steps)], self.speculator.metrics, self.loader.datasets,
+            self.metrics, self.objective.rows, self.objective.metrics, self.loader.datasets,
             self.global_batch_size * config.data.seq_length, self._flops, master_dtype(self.compute_dtype), self.device, self.step,
         )  # fmt: skip
         if "report" in saved:
@@ -142,10 +144,19 @@ class Trainer:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.base.to(self.device)
         self.speculator.to(self.device)
+        if config.base.activation_checkpointing:
+            apply_activation_checkpointing(self.base.layers)
         apply_compile(config.compile.enabled, self.device, self.base.layers)
         apply_fsdp(self.base, self.speculator, self.world.mesh, self.compute_dtype, freeze_base=config.base.freeze)
         self.source = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
-        self.trained = nn.ModuleDict({"speculator": self.speculator} if config.base.freeze else {"base": self.base})
+        self.trained = nn.ModuleDict({"speculator": self.speculator} if config.speculator.type != "none" else {})
+        if not config.base.freeze:
+            self.trained["base"] = self.base
+        # What the trained parts learn from; with speculator.type = "none" the speculator is the base's own loss.
+        self.objective = self.speculator
+        if len(self.trained) == 2:
+            next_token = build_speculator("none", None, self.base.config, config.objective)
+            self.objective = Joint(next_token, self.speculator, config.training.speculator_loss_coeff, config.training.detach_states)
         self.optimizer = build_optimizer(self.trained, config.optimizer)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -172,7 +183,7 @@ class Trainer:
         while self.step < last_step:
             waited = time.perf_counter()
             batches = [self.source.begin(next(self.batches)) for _ in range(self.accumulation)]
-            targets = [self.speculator.align(batch) for batch in batches]
+            targets = [self.objective.align(batch) for batch in batches]
             self.reporter.seconds_waiting += time.perf_counter() - waited
             denominators, stopping, saving = self._agree(batches, targets, stop)
             if stopping:
@@ -182,7 +193,7 @@ class Trainer:
             self.step += 1
             self.metrics.advance(self.step)
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
-                self.reporter.report(self.step, self.learning_rate, self.grad_norm)
+                self.reporter.report(self.step, self.learning_rates, self.grad_norms)
             if saving or self.step % self.config.checkpoint.interval == 0:
                 self._save()
                 saved_at = self.step
@@ -211,19 +222,21 @@ class Trainer:
             set_gradient_sync([self.speculator], enabled=i == len(batches) - 1)
             batch, target = batch.to(self.device), target.to(self.device)
             states = self.source.states(batch)
-            loss = self.speculator(batch, states, target, denominators, self.base.readout)
+            loss = self.objective(batch, states, target, denominators, self.base.readout)
             utils.backward(loss.total)
             self.reporter.sums.add_losses(loss.sums, self.step + 1)
-        self.grad_norm = utils.clip_grad_norm(self.trained.parameters(), self.config.training.max_grad_norm)
-        self.learning_rate = self.config.optimizer.lr * learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler)
-        step_if_finite(self.optimizer, self.learning_rate, self.grad_norm)
+        max_norm = self.config.training.max_grad_norm
+        self.grad_norms = {name: utils.clip_grad_norm(part.parameters(), max_norm) for name, part in self.trained.items()}
+        multiplier = learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler)
+        self.learning_rates = {name: peak_learning_rate(name, self.config.optimizer) * multiplier for name in self.trained}
+        self.reporter.sums.add_step(step_if_finite(self.optimizer, multiplier, *self.grad_norms.values()))
 
     # ---- checkpoints and evaluation ----
 
     def _flops(self, targets_per_step: list[int], tokens: int) -> int:
         """Useful floating-point operations; a trained base counts three times, for its backward."""
         passes = 1 if self.config.base.freeze else 3
-        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.speculator.flops(targets_per_step, tokens)
+        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.objective.flops(targets_per_step, tokens)
 
     def _save(self) -> None:
         self.reporter.refuse_bad()
@@ -237,10 +250,12 @@ class Trainer:
         values = {}
         if self.validation:
             # Every rank runs all of these few samples: sharded parameters are gathered by all ranks together.
-            sums, counts = heldout_sums(self.speculator, self.source, self.validation, self.base.readout)
-            report = heldout_report(self.speculator.metrics, sums, counts)
+            sums, counts = heldout_sums(self.objective, self.source, self.validation, self.base.readout)
+            report = heldout_report(self.objective.metrics, sums, counts)
+            joint = len(self.trained) == 2
             for name in ("heldout_loss", "heldout_accuracy"):
-                values |= {f"{name}/head_{head}": value for head, value in enumerate(report[name])}
+                base, heads = report[name][:joint], report[name][joint:]
+                values |= {f"base_{name}": value for value in base} | {f"{name}/head_{head}": value for head, value in enumerate(heads)}
         if self.prompts:
             values["acceptance_length"] = utils.on_main(self._acceptance_length)
         self.metrics.evaluation(self.step, values)

@@ -18,9 +18,12 @@ _NOT_ZERO = (
     "training.epochs",
     "training.global_batch_size",
     "objective.chunk_rows",
+    "optimizer.base_lr",
     "eval.num_prompts",
     "eval.num_draft_tokens",
 )
+
+_FROZEN = "with base.freeze = true, which trains no base; allowed: base.freeze = false"
 
 
 def check_combinations(config: Config, program: str) -> None:
@@ -57,7 +60,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
-    training, base, family = config.training, config.base, config.speculator.type
+    training = config.training
     given = f"speculator.path = {config.speculator.path!r}"
     _require(not config.speculator.path, f"{given}: train does not start from it; allowed: checkpoint.load_path, to go on from one")
     _require(
@@ -69,17 +72,27 @@ def _check_training(config: Config) -> None:
         f"training.global_batch_size = {training.global_batch_size}; allowed: -1, or a multiple of "
         f"training.micro_batch_size = {training.micro_batch_size}",
     )
+    _check_what_is_trained(config)
+    _check_optimizer(config)
+
+
+def _check_what_is_trained(config: Config) -> None:
+    training, base, family, exported = config.training, config.base, config.speculator.type, config.export.format
     if base.freeze:
         _require(family != "none", 'speculator.type = "none" with base.freeze = true leaves nothing to train; allowed: base.freeze = false')
         _require(base.init != "random", 'base.init = "random" with base.freeze = true keeps random weights; allowed: base.freeze = false')
-        exports_base = config.export.format == "hf"
-        _require(not exports_base, 'export.format = "hf" writes a trained base; allowed with base.freeze = false only')
-    else:
-        _require(family == "none", f'base.freeze = false with speculator.type = "{family}"; allowed: base.freeze = true, or type "none"')
+        _require(exported != "hf", 'export.format = "hf" writes a trained base; allowed with base.freeze = false only')
+        _require(not base.activation_checkpointing, f"base.activation_checkpointing = true {_FROZEN}")
+        _require(config.optimizer.base_lr == -1, f"optimizer.base_lr = {config.optimizer.base_lr:g} {_FROZEN}")
+    if family == "none":
         _require(config.objective.loss == "ce", 'objective.loss = "kl_div" with speculator.type = "none" has no teacher; allowed: ce')
-        exported = config.export.format
-        _require(exported in ("auto", "hf", "none"), f'export.format = "{exported}" with speculator.type = "none"; allowed: auto, hf, none')
-    _check_optimizer(config)
+        others = exported in ("auto", "hf", "none")
+        _require(others, f'export.format = "{exported}" with speculator.type = "none"; allowed: auto, hf, none')
+    if base.freeze or family == "none":
+        only = "base.freeze = false, together with a speculator"
+        coefficient, detach = training.speculator_loss_coeff, training.detach_states
+        _require(coefficient == 1, f"training.speculator_loss_coeff = {coefficient:g}; allowed: 1, or {only}")
+        _require(detach, f"training.detach_states = false; allowed: true, or {only}")
 
 
 def _check_optimizer(config: Config) -> None:

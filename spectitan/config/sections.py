@@ -35,7 +35,8 @@ class Base:
     init: str = key(
         "pretrained", "weights from base.path, or random (only config.json and tokenizer are read)", choices=("pretrained", "random")
     )
-    freeze: bool = key(True, "keep the base as it is; false trains it")
+    freeze: bool = key(True, "keep the base as it is; false trains it, with the speculator from one forward, or alone")
+    activation_checkpointing: bool = key(False, "trained base: keep each block's input only and run it again in the backward")
 
 
 @dataclass
@@ -78,7 +79,9 @@ class Training:
         "auto: bfloat16 where the hardware is fast at it, else float32; masters stay float32",
         choices=("auto", "bfloat16", "float32", "float64"),
     )
-    max_grad_norm: float = key(1.0, "gradients are scaled down to this norm; 0: no clipping", minimum=0)
+    max_grad_norm: float = key(1.0, "gradients of base and of speculator are each scaled down to this norm; 0: no clipping", minimum=0)
+    speculator_loss_coeff: float = key(1.0, "base.freeze = false: total loss = base loss + this * speculator loss", minimum=0)
+    detach_states: bool = key(True, "base.freeze = false: the speculator's loss does not reach the base; false: the base learns from it")
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Objective:
 class Optimizer:
     name: str = key("adamw", "optimizer", choices=("adamw",))
     lr: float = key(1e-3, "peak learning rate", above=0)
+    base_lr: float = key(-1.0, "peak learning rate of a trained base; -1: optimizer.lr", minimum=-1)
     betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of the first and second moment", minimum=0, maximum=1)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = key(0.1, "AdamW's decoupled weight decay, of matrices only", minimum=0)

@@ -84,6 +84,11 @@ class Speculator(nn.Module):
         """Draws every parameter in full from one generator, in a fixed order: all layouts start from the same numbers."""
         raise NotImplementedError
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What the rows of Loss.sums are of, for reports."""
+        return tuple(f"head {step}" for step in range(self.steps))
+
     def align(self, batch: TokenBatch) -> Targets:
         """The supervised pairs of a batch: pure, on the host, from loss_mask, document_ids and index only."""
         return align_targets(batch, self.steps)

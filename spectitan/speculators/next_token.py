@@ -12,6 +12,8 @@ from spectitan.types import BaseStates, Loss, Targets, TokenBatch
 class NextToken(Speculator):
     """`speculator.type = "none"`: cross-entropy of the base's head against the text. It has no parameters and drafts nothing."""
 
+    rows = ("base",)
+
     def __init__(self, hidden_size: int, vocab_size: int, objective: Objective):
         super().__init__()
         self.hidden_size, self.vocab_size, self.chunk_rows = hidden_size, vocab_size, objective.chunk_rows

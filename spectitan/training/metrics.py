@@ -67,6 +67,8 @@ class MetricsLogger:
         step: int,
         lr: float,
         grad_norm: float,
+        base: dict[str, float],
+        skipped_steps: int,
         supervised_tokens: int,
         tokens_by_dataset: dict[str, int],
         sample_hash: str,
@@ -80,6 +82,8 @@ class MetricsLogger:
         Args:
             step: optimizer steps done.
             grad_norm: of the last step, before clipping.
+            base: of a base trained with a speculator: base_loss, base_accuracy, base_grad_norm, base_lr; else nothing.
+            skipped_steps: how many of the steps changed nothing, because a gradient norm was not finite.
             supervised_tokens: targets of the first head.
             tokens_by_dataset: tokens that the loss mask lets be targets.
             sample_hash: of the samples trained on, in hexadecimal.
@@ -89,8 +93,8 @@ class MetricsLogger:
             per_head: means over supervised targets, one number a head: loss and accuracy at least.
         """
         memory = peak_memory()
-        scalars = {"lr": lr, "grad_norm": grad_norm, "supervised_tokens": supervised_tokens, "tokens_per_second": tokens_per_second}
-        scalars |= {"waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
+        scalars = {"lr": lr, "grad_norm": grad_norm, **base, "skipped_steps": skipped_steps, "supervised_tokens": supervised_tokens}
+        scalars |= {"tokens_per_second": tokens_per_second, "waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
         record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
         utils.on_main(lambda: _append(self.file, record))
         if self.file is None:
@@ -101,24 +105,21 @@ class MetricsLogger:
             for name, values in per_head.items():
                 for head, value in enumerate(values):
                     self.tensorboard.add_scalar(f"{name}/head_{head}", value, step)
-        logger.info("%s", self._line(step, lr, grad_norm, tokens_per_second, waiting, flops_per_second, memory, per_head))
+        logger.info("%s", self._line(step, scalars, per_head))
 
-    def _line(self, step, lr, grad_norm, tokens_per_second, waiting, flops_per_second, memory, per_head) -> str:
-        flops = f"{flops_per_second / 1e12:.3g} TFLOP/s"
+    def _line(self, step: int, scalars: dict[str, float], per_head: dict[str, list[float]]) -> str:
+        flops = f"{scalars['flops_per_second'] / 1e12:.3g} TFLOP/s"
         if self.peak_flops:
-            flops += f", MFU {100 * flops_per_second / (utils.world_size() * self.peak_flops):.1f}%"
-        parts = [
-            f"step {step}/{self.total_steps}",
-            "loss " + " ".join(f"{value:.3f}" for value in per_head["loss"]),
-            "accuracy " + " ".join(f"{value:.3f}" for value in per_head["accuracy"]),
-            f"grad norm {grad_norm:.3g}" + ("" if math.isfinite(grad_norm) else " (step skipped)"),
-            f"lr {lr:.2e}",
-            f"{tokens_per_second:,.0f} tokens/s",
-            f"data {100 * waiting:.1f}%",
-            f"{memory / 1e9:.2f} GB",
-            flops,
-        ]
-        return " | ".join(parts)
+            flops += f", MFU {100 * scalars['flops_per_second'] / (utils.world_size() * self.peak_flops):.1f}%"
+        parts = [f"step {step}/{self.total_steps}"]
+        parts += [f"{name} " + " ".join(f"{value:.3f}" for value in per_head[name]) for name in ("loss", "accuracy")]
+        parts += [f"grad norm {scalars['grad_norm']:.3g}", f"lr {scalars['lr']:.2e}"]
+        if "base_loss" in scalars:
+            parts.append("base: loss {base_loss:.3f}, accuracy {base_accuracy:.3f}, grad norm {base_grad_norm:.3g}".format(**scalars))
+        if scalars["skipped_steps"]:
+            parts.append(f"{scalars['skipped_steps']} steps skipped: a gradient norm was not finite")
+        parts += [f"{scalars['tokens_per_second']:,.0f} tokens/s", f"data {100 * scalars['waiting']:.1f}%"]
+        return " | ".join([*parts, f"{scalars['peak_memory'] / 1e9:.2f} GB", flops])
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """An evaluation's results, by name: console, TensorBoard and evaluations.jsonl."""

@@ -1,5 +1,7 @@
 """AdamW over named parameters, a step that skips itself on the device, and its whole state as named tensors."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
@@ -13,24 +15,34 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     before the first. (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict would take a dummy step for that.)
 
     Args:
-        module: its parameters that require gradients are trained. nn.ModuleDict joins several modules.
+        module: its parameters that require gradients are trained. nn.ModuleDict joins several modules; the one named "base" has
+            a learning rate of its own.
     """
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [pair for pair in trained if pair[1].dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [pair for pair in trained if pair[1].dim() < 2], "weight_decay": 0.0},
-    ]
-    # Fused: one pass over memory, on the CPU several times faster than the default.
+    groups = defaultdict(list)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[peak_learning_rate(name, config), parameter.dim() >= 2].append((name, parameter))
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True
+        [
+            {"params": pairs, "lr": peak, "peak_lr": peak, "weight_decay": config.weight_decay if is_matrix else 0.0}
+            for (peak, is_matrix), pairs in groups.items()
+        ],
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=True,  # one pass over memory, on the CPU several times faster than the default
     )
-    for _, parameter in trained:
+    for _, parameter in (pair for pairs in groups.values() for pair in pairs):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def peak_learning_rate(name: str, config: Optimizer) -> float:
+    """Of a parameter or module, by its name: "base" and all in it have `base_lr`, if that is set."""
+    return config.base_lr if name.partition(".")[0] == "base" and config.base_lr != -1 else config.lr
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -42,16 +54,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def step_if_finite(optimizer: torch.optim.Optimizer, learning_rate: float, *grad_norms: Tensor) -> None:
+def step_if_finite(optimizer: torch.optim.Optimizer, multiplier: float, *grad_norms: Tensor) -> Tensor:
     """One optimizer step, unless a gradient norm is not finite: then parameters and state stay as they are, bit for bit.
 
     The fused kernels look at `found_inf` on the device (GradScaler's door), so that the host neither waits nor branches.
 
     Args:
-        learning_rate: of this step, for all parameters.
+        multiplier: of the peak learning rates, in this step.
         grad_norms: [] on the device, the same on all ranks (distributed/utils.py: clip_grad_norm).
+
+    Returns:
+        float32 [] on the device: 1 if the step was skipped, else 0.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = group["peak_lr"] * multiplier
     optimizer.found_inf = (~torch.stack(grad_norms).isfinite().all()).float()
     optimizer.step()
+    return optimizer.found_inf

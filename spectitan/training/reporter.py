@@ -11,12 +11,16 @@ from spectitan.training.metrics import MetricsLogger
 from spectitan.training.report_sums import ReportSums
 
 
+# So many steps skipped in a row, with losses that are finite, are no accident: nothing is learned any more.
+MAX_SKIPPED_IN_A_ROW = 10
+
+
 class Reporter:
     """Makes a report of the steps since the one before it.
 
     Args:
         metrics: writes the reports.
-        rows: what the rows of Loss.sums are of: "head 0", ...
+        rows: what the rows of Loss.sums are of: "base" or "head 0", ...; or both, the base first.
         columns: what their columns are: loss, accuracy, ...
         datasets: names.
         tokens_per_step: of an optimizer step, over all ranks.
@@ -44,37 +48,51 @@ class Reporter:
         self.tokens_per_step, self.flops, self.dtype, self.device = tokens_per_step, flops, dtype, device
         self._begin(step)
 
-    def _begin(self, step: int) -> None:
-        self.sums = ReportSums((len(self.rows), len(self.columns)), len(self.datasets), self.dtype, self.device, step)
+    def _begin(self, step: int, skipped_in_a_row: Tensor | None = None) -> None:
+        shape = len(self.rows), len(self.columns)
+        self.sums = ReportSums(shape, len(self.datasets), self.dtype, self.device, step, skipped_in_a_row)
         self.seconds_waiting, self.timed_from, self.timed_step = 0.0, time.perf_counter(), step
 
-    def report(self, step: int, learning_rate: float, grad_norm: Tensor) -> None:
-        """Writes the report of the steps up to `step`: the one place where the host waits for the device. All ranks call it together."""
+    def report(self, step: int, learning_rates: dict[str, float], grad_norms: dict[str, Tensor]) -> None:
+        """Writes the report of the steps up to `step`: the one place where the host waits for the device. All ranks call it together.
+
+        Args:
+            learning_rates, grad_norms: of the last step, for "speculator", "base" or both.
+        """
         self.refuse_bad()
         sums, counts = self.sums.total(), self.sums.counts
         seconds, steps = time.perf_counter() - self.timed_from, step - self.sums.first_step
         tokens = steps * self.tokens_per_step
         here = (step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
-        means = sums[:, :4] / counts.clamp_min(1)[:, None]
+        means = dict(zip(self.columns[:4], (sums[:, :4] / counts.clamp_min(1)[:, None]).T.tolist()))
+        part, base = next(iter(grad_norms)), {}
+        if len(grad_norms) == 2:  # a joint run: the report is of the speculator, with the base's row beside it
+            part, counts = "speculator", counts[1:]
+            base = {f"base_{name}": means[name][0] for name in ("loss", "accuracy")}
+            base |= {"base_grad_norm": grad_norms["base"].item(), "base_lr": learning_rates["base"]}
+            means = {name: rows[1:] for name, rows in means.items()}
         self.metrics.report(
             step=step,
-            lr=learning_rate,
-            **dict(zip(self.columns[:4], means.T.tolist())),
-            grad_norm=grad_norm.item(),
+            lr=learning_rates[part],
+            **means,
+            grad_norm=grad_norms[part].item(),
+            base=base,
+            skipped_steps=self.sums.skipped(),
             supervised_tokens=int(counts[0]),
             tokens_by_dataset=dict(zip(self.datasets, self.sums.tokens_by_dataset.tolist())),
             sample_hash=f"{self.sums.sample_hash:016x}",
             tokens_per_second=tokens * here,
             waiting=self.seconds_waiting / seconds,
-            flops_per_second=self.flops(counts.tolist(), tokens) * here,
+            flops_per_second=self.flops(self.sums.counts.tolist(), tokens) * here,
         )
-        self._begin(step)
+        self._begin(step, self.sums.skipped_in_a_row)
 
     def refuse_bad(self) -> None:
-        """Ends a run whose loss is not finite; optimizer steps have skipped themselves since, and the last checkpoint stands."""
+        """Ends a run that learns nothing; its optimizer steps have skipped themselves since, and the last checkpoint stands."""
+        advice = "the checkpoint before it is kept. Lower optimizer.lr, or look for damaged data or weights"
         bad = self.sums.first_bad()
         if bad:
-            raise UserError(
-                f"loss of {self.rows[bad[1]]} is not finite at step {bad[0]}; the checkpoint before it is kept. "
-                "Lower optimizer.lr, or look for damaged data or weights"
-            )
+            raise UserError(f"loss of {self.rows[bad[1]]} is not finite at step {bad[0]}; {advice}")
+        in_a_row = int(self.sums.skipped_in_a_row)
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(f"the last {in_a_row} steps were skipped: losses are finite, the gradient norm is not; {advice}")

@@ -97,7 +97,7 @@ def train(base, drafter, freeze, dtype, steps):
             utils.backward(total)
             loss += total.detach()
         step_norms = [utils.clip_grad_norm(module.parameters(), 0.5) for module in model.values()]
-        step_if_finite(optimizer, 1e-2, *step_norms)
+        step_if_finite(optimizer, 10, *step_norms)
         losses.append(utils.sum_over_ranks(loss).item())
         norms.append([norm.item() for norm in step_norms])
     return losses, norms, tensors_of(model, optimizer)

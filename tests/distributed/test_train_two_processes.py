@@ -20,6 +20,8 @@ RUN = {"training__num_steps": STEPS, "checkpoint__interval": 3, "checkpoint__kee
 RUN |= {"training__compute_dtype": "float64", "training__micro_batch_size": 1, "eval__at_end": "false", "export__format": "none"}
 SHARDED = RUN | {"parallelism__sharding_strategy": "fsdp"}
 KINDS = {"mlp": {}, "kl_div": {"objective__loss": "kl_div"}, "base": tiny.BASE_ALONE | {"export__format": "none"}}
+KINDS["joint"] = KINDS["kl_div"] | {"base__freeze": "false", "training__detach_states": "false", "base__activation_checkpointing": "true"}
+KINDS["joint"] |= {"training__speculator_loss_coeff": 0.7, "optimizer__base_lr": 0.004}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
     for ours, theirs in zip(tiny.reports(run), expected):
         for key in ("sample_hash", "supervised_tokens", "tokens_by_dataset", "accuracy", "lr"):
             assert ours[key] == theirs[key], (ours["step"], key)
-        for key in ("loss", "alpha", "grad_norm"):
+        for key in ("loss", "alpha", "grad_norm", *(key for key in theirs if key.startswith("base_"))):
             torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(theirs[key]), rtol=1e-9, atol=0)
     ours, theirs = (read_tensors(tiny.checkpoint(folder, STEPS)) for folder in (run, whole))
     assert ours.keys() == theirs.keys()
@@ -64,7 +66,7 @@ def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["kl_div", "base"])
+@pytest.mark.parametrize("kind", ["kl_div", "base", "joint"])
 def test_two_processes_train_as_one(world, whole, tmp_path, kind):
     started = start_two(world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
     assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()

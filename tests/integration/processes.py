@@ -70,7 +70,7 @@ def slow_steps(seconds: float) -> None:
 
     def step(*args):
         time.sleep(seconds)
-        original(*args)
+        return original(*args)
 
     train.step_if_finite = step
 

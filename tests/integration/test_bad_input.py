@@ -59,7 +59,7 @@ def refused(world, run, capsys):
         ("--training.compute_dtype=float16", ["training.compute_dtype", "float16", "bfloat16"]),
         ("--training.epochs=2", ["training.num_steps", "training.epochs"]),
         ("--base.init=random", ["base.init", "base.freeze"]),
-        ("--base.freeze=false", ["base.freeze", "speculator.type"]),
+        ("--training.detach_states=false", ["training.detach_states", "base.freeze = false"]),
         ("--export.format=hf", ["export.format", "hf"]),
         ("--data.weights=1,2", ["data.weights", "data.datasets"]),
         ("--speculator.n_speculator_heads=1", ["speculator.tie_weights", "speculator.n_speculator_heads"]),

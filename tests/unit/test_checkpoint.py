@@ -63,7 +63,7 @@ class Run:
         for _ in range(steps):
             self.optimizer.zero_grad()
             backward(self.model(torch.tensor([self.step % 13, 5, 12])))
-            step_if_finite(self.optimizer, 1e-2, clip_grad_norm(self.model.parameters(), 1.0))
+            step_if_finite(self.optimizer, 10, clip_grad_norm(self.model.parameters(), 1.0))
             self.step += 1
 
 
