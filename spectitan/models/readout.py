@@ -5,6 +5,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from spectitan.models.layers import Linear
+
 Result = TypeVar("Result")
 
 
@@ -26,7 +28,7 @@ class Readout(nn.Module):
         self.tied = tied
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.head = Linear(hidden_size, vocab_size, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
 
