@@ -39,6 +39,7 @@ from spectitan.signals import StopSignal
 from spectitan.speculators.joint import Joint
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.speculators.serving import choose_format
+from spectitan.states.continued import ContinuedStates, prompts_per_sample
 from spectitan.states.online import OnlineStates
 from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
@@ -78,6 +79,11 @@ class Trainer:
         self.speculator = build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
         if config.export.format not in ("hf", "none") and config.speculator.type != "none":
             choose_format(self.speculator, config.export.format)
+        self.prompts_per_sample = 1
+        if config.stage2.start_step >= 0:
+            self.prompts_per_sample = prompts_per_sample(
+                config.stage2, self.global_batch_size, config.data.seq_length, base_config.max_position_embeddings, self.speculator.steps
+            )
         self.prompts = []
         if config.eval.prompts != "none" and config.speculator.type != "none":
             self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
@@ -105,6 +111,8 @@ class Trainer:
         self.total_steps = config.training.num_steps
         if self.total_steps == -1:
             self.total_steps = max(1, math.ceil(config.training.epochs * self.loader.samples_per_epoch / self.global_batch_size))
+        if config.stage2.start_step >= self.total_steps:
+            raise UserError(f"stage2.start_step = {config.stage2.start_step}; allowed: below the run's {self.total_steps} steps")
         self.validation = build_validation(config.data, self.tokenizer, config.eval.loss_samples, micro_batch_size)
 
         self._build_model()
@@ -118,7 +126,7 @@ class Trainer:
         )
         self.reporter = Reporter(
             self.metrics, self.objective.rows, self.objective.metrics, self.loader.datasets,
-            self.global_batch_size * config.data.seq_length, self._flops, master_dtype(self.compute_dtype), self.device, self.step,
+            self._work, master_dtype(self.compute_dtype), self.device, self.step,
         )  # fmt: skip
         if "report" in saved:
             self.reporter.sums.load(saved["report"])
@@ -132,7 +140,8 @@ class Trainer:
     def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
         base_weights = "random" if self.config.base.init == "random" else fingerprint(self.base_path)
         identity = run_identity(self.config, base_config.identity(), base_weights, self.tokenizer.fingerprint)
-        return identity | {"training.global_batch_size": self.global_batch_size}
+        prompts = self.global_batch_size * self.prompts_per_sample
+        return identity | {"training.global_batch_size": self.global_batch_size, "stage2.batch_size": prompts}
 
     def _build_model(self) -> None:
         config = self.config
@@ -148,7 +157,12 @@ class Trainer:
             apply_activation_checkpointing(self.base.layers)
         apply_compile(config.compile.enabled, self.device, self.base.layers)
         apply_fsdp(self.base, self.speculator, self.world.mesh, self.compute_dtype, freeze_base=config.base.freeze)
-        self.source = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
+        self.source = self.states_of_text = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
+        if config.stage2.start_step >= 0:
+            self.source = ContinuedStates(
+                self.states_of_text, config.stage2, first_sample=config.stage2.start_step * self.global_batch_size,
+                prompts=self.prompts_per_sample, steps=self.speculator.steps, seed=config.job.seed,
+            )  # fmt: skip
         self.trained = nn.ModuleDict({"speculator": self.speculator} if config.speculator.type != "none" else {})
         if not config.base.freeze:
             self.trained["base"] = self.base
@@ -182,10 +196,11 @@ class Trainer:
         saved_at = self.step
         while self.step < last_step:
             waited = time.perf_counter()
-            batches = [self.source.begin(next(self.batches)) for _ in range(self.accumulation)]
-            targets = [self.objective.align(batch) for batch in batches]
+            samples = [next(self.batches) for _ in range(self.accumulation)]
             self.reporter.seconds_waiting += time.perf_counter() - waited
-            denominators, stopping, saving = self._agree(batches, targets, stop)
+            batches = [self.source.begin(sample) for sample in samples]
+            targets = [self.objective.align(batch) for batch in batches]
+            denominators, stopping, saving = self._agree(samples, batches, targets, stop)
             if stopping:
                 stop.requested = stop.requested or signal.SIGTERM  # another rank's: all end together
                 break
@@ -200,11 +215,11 @@ class Trainer:
         if self.step != saved_at:
             self._save()
 
-    def _agree(self, batches: list, targets: list, stop: StopSignal) -> tuple[Tensor, bool, bool]:
+    def _agree(self, samples: list, batches: list, targets: list, stop: StopSignal) -> tuple[Tensor, bool, bool]:
         """One sum over ranks, on the host: the global count of each step's targets, whether anyone was asked to stop or save,
         and what this step's report says of the data."""
         counts = sum(target.counts for target in targets)
-        sample_hash = sum(hash_keys(0, batch.index, batch.sample_ids).sum() for batch in batches)
+        sample_hash = sum(hash_keys(0, sample.index, sample.sample_ids).sum() for sample in samples)
         datasets = torch.cat([(batch.sample_ids >> SAMPLE_BITS).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
         tokens = torch.bincount(datasets, minlength=len(self.loader.datasets))
         flags = torch.tensor([stop.requested is not None, stop.save_requested, sample_hash])
@@ -227,16 +242,23 @@ class Trainer:
             self.reporter.sums.add_losses(loss.sums, self.step + 1)
         max_norm = self.config.training.max_grad_norm
         self.grad_norms = {name: utils.clip_grad_norm(part.parameters(), max_norm) for name, part in self.trained.items()}
-        multiplier = learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler)
+        multiplier = learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler, self.config.stage2.start_step)
         self.learning_rates = {name: peak_learning_rate(name, self.config.optimizer) * multiplier for name in self.trained}
         self.reporter.sums.add_step(step_if_finite(self.optimizer, multiplier, *self.grad_norms.values()))
 
     # ---- checkpoints and evaluation ----
 
-    def _flops(self, targets_per_step: list[int], tokens: int) -> int:
-        """Useful floating-point operations; a trained base counts three times, for its backward."""
-        passes = 1 if self.config.base.freeze else 3
-        return passes * self.base.flops(tokens, self.config.data.seq_length) + self.objective.flops(targets_per_step, tokens)
+    def _work(self, first_step: int, last_step: int, targets_per_step: list[int]) -> tuple[int, int]:
+        """Tokens trained on in the steps first_step .. last_step - 1, and useful floating-point operations; a trained base counts
+        three times, for its backward."""
+        start, seq_length = self.config.stage2.start_step, self.config.data.seq_length
+        continued = last_step - min(max(start, first_step), last_step) if start >= 0 else 0
+        tokens = (last_step - first_step - continued) * self.global_batch_size * seq_length
+        flops = (1 if self.config.base.freeze else 3) * self.base.flops(tokens, seq_length)
+        if continued:
+            new_tokens, sampling = self.source.work(continued * self.global_batch_size)
+            tokens, flops = tokens + new_tokens, flops + sampling
+        return tokens, flops + self.objective.flops(targets_per_step, tokens)
 
     def _save(self) -> None:
         self.reporter.refuse_bad()
@@ -250,7 +272,7 @@ class Trainer:
         values = {}
         if self.validation:
             # Every rank runs all of these few samples: sharded parameters are gathered by all ranks together.
-            sums, counts = heldout_sums(self.objective, self.source, self.validation, self.base.readout)
+            sums, counts = heldout_sums(self.objective, self.states_of_text, self.validation, self.base.readout)
             report = heldout_report(self.objective.metrics, sums, counts)
             joint = len(self.trained) == 2
             for name in ("heldout_loss", "heldout_accuracy"):

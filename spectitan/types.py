@@ -7,21 +7,23 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for: from pageable memory it would have to."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on the device; the host does not wait for a copy, as it would have to from pageable memory."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 class TokenBatch(NamedTuple):
-    """One micro-batch of one rank, made on the CPU."""
+    """One micro-batch of one rank, made on the CPU. The tokens alone may be on the device, where the base has sampled them."""
 
     tokens: Tensor  # int64 [batch, seq]
     loss_mask: Tensor  # bool [batch, seq]; True: this token may be a target
     document_ids: Tensor  # int64 [batch, seq]; unique in the batch, -1 is padding; positions restart with each document
     index: Tensor  # int64 [batch]; place in the global order of samples: the key of all randomness, and the audit
     sample_ids: Tensor  # int64 [batch]; (dataset << 40) + sample, the same in every epoch: the key of cached hidden states
+    state_mask: Tensor | None = None  # bool [batch, seq]; False: no drafter starts from this row; None: from every row
 
     def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(*(to_device(tensor, device) for tensor in self))
+        return TokenBatch(*(tensor if tensor is None else to_device(tensor, device) for tensor in self))
 
 
 class BaseStates(NamedTuple):

@@ -17,6 +17,7 @@ _NOT_ZERO = (
     "training.num_steps",
     "training.epochs",
     "training.global_batch_size",
+    "stage2.batch_size",
     "objective.chunk_rows",
     "optimizer.base_lr",
     "eval.num_prompts",
@@ -73,7 +74,7 @@ def _check_training(config: Config) -> None:
         f"training.micro_batch_size = {training.micro_batch_size}",
     )
     _check_what_is_trained(config)
-    _check_optimizer(config)
+    _check_schedule(config)
 
 
 def _check_what_is_trained(config: Config) -> None:
@@ -95,15 +96,13 @@ def _check_what_is_trained(config: Config) -> None:
         _require(detach, f"training.detach_states = false; allowed: true, or {only}")
 
 
-def _check_optimizer(config: Config) -> None:
-    betas, scheduler, num_steps = config.optimizer.betas, config.lr_scheduler, config.training.num_steps
+def _check_schedule(config: Config) -> None:
+    start, num_steps, betas = config.stage2.start_step, config.training.num_steps, config.optimizer.betas
+    if start >= 0:
+        given, frozen = f"stage2.start_step = {start}", config.base.freeze
+        _require(frozen, f"{given} with base.freeze = false would train the base on its own text; allowed: -1, or base.freeze = true")
+        _require(num_steps == -1 or start < num_steps, f"{given}; allowed: -1, or below training.num_steps = {num_steps}")
     _require(len(betas) == 2 and max(betas) < 1, f"optimizer.betas = {betas}; allowed: two numbers, each at least 0 and below 1")
-    start = scheduler.stage2_start_step
-    if start == -1:
-        return
-    given = f"lr_scheduler.stage2_start_step = {start}"
-    _require(scheduler.type == "two_stage", f'{given} with lr_scheduler.type = "{scheduler.type}"; allowed with "two_stage" only')
-    _require(num_steps == -1 or start < num_steps, f"{given}; allowed: below training.num_steps = {num_steps}")
 
 
 def _require(condition: object, message: str) -> None:

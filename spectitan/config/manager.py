@@ -33,6 +33,7 @@ class Config:
     speculator: sections.SpeculatorSelection
     data: sections.Data
     training: sections.Training
+    stage2: sections.Stage2
     objective: sections.Objective
     optimizer: sections.Optimizer
     lr_scheduler: sections.LRScheduler

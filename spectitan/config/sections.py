@@ -85,6 +85,20 @@ class Training:
 
 
 @dataclass
+class Stage2:
+    start_step: int = key(
+        -1, "optimizer step from which on the speculator is trained on text that the base itself samples; -1: never", minimum=-1
+    )
+    batch_size: int = key(
+        -1, "prompts in an optimizer step, over all ranks, a multiple of training.global_batch_size; -1: one a sample", minimum=-1
+    )
+    prompt_length: int = key(64, "tokens in a prompt; prompts are cut from the samples, from one document where they can be", minimum=1)
+    seq_length: int = key(256, "tokens sampled after each prompt; the end-of-text token ends nothing", minimum=2)
+    temperature: float = key(1.0, "of the base's sampling; 0: greedy", minimum=0)
+    top_k: int = key(10, "sample from the k most likely tokens; 0: all", minimum=0)
+
+
+@dataclass
 class Objective:
     loss: str = key("ce", "ce: cross-entropy against the text; kl_div: KL divergence to the base's distribution", choices=("ce", "kl_div"))
     chunk_rows: int = key(-1, "rows of logits alive at once; -1: worked out (CPU: near 64 MB, at most 1024)", minimum=-1)
@@ -104,7 +118,7 @@ class Optimizer:
 class LRScheduler:
     type: str = key(
         "cosine",
-        "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule",
+        "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule, with stage2.start_step",
         choices=("linear", "cosine", "constant", "two_stage"),
     )
     warmup_steps: int = key(-1, "steps of linear warm-up; -1: 5% of the run, at most 2000", minimum=-1)
@@ -113,7 +127,6 @@ class LRScheduler:
     )
     min_lr_ratio: float = key(0.0, "linear and cosine: last learning rate over the peak", minimum=0, maximum=1)
     num_cosine_cycles: float = key(0.5, "cosine: number of waves; 0.5 falls once from the peak to the minimum", above=0)
-    stage2_start_step: int = key(-1, "two_stage: step at which the second stage's schedule begins; -1: no second stage", minimum=-1)
 
 
 @dataclass

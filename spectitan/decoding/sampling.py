@@ -17,6 +17,8 @@ class Stream(IntEnum):
     DRAFT = 1
     ACCEPT = 2
     RESAMPLE = 3
+    PROMPT = 4  # of stage 2: where a prompt is cut from the text
+    CONTINUATION = 5  # of stage 2: the tokens that follow it
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,21 @@ class Sampling:
             smallest_kept = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
         return (logits / self.temperature).softmax(-1)
+
+    def choose(self, logits: Tensor, quantile: Tensor) -> Tensor:
+        """int64 [batch]: the tokens at these quantiles [batch] of `probabilities`, of logits [batch, vocab].
+
+        Where top_k leaves few tokens, the vocabulary is passed over only once, to find them. They are exactly top_k then: which
+        of those that tie for the last place, is open.
+        """
+        if self.greedy:
+            return logits.argmax(-1)
+        if not 0 < self.top_k < logits.shape[-1]:
+            return draw(self.probabilities(logits), quantile)
+        values, tokens = logits.topk(self.top_k, -1)
+        tokens, order = tokens.sort(-1)  # a quantile is one of the distribution in the vocabulary's order
+        weights = (values.gather(-1, order).float() / self.temperature).softmax(-1)
+        return tokens.gather(-1, draw(weights, quantile)[:, None])[:, 0]
 
 
 class Sampler:

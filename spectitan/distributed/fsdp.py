@@ -162,6 +162,25 @@ def apply_fsdp(
         logger.info("speculator: %s masters, sharded over %d, computed in %s", master_dtype(compute_dtype), mesh.size(), compute_dtype)
 
 
+def gather_frozen(module: nn.Module) -> None:
+    """Gathers a module that `shard_frozen` has sharded, whole: it stays so over any number of forwards, until `free_frozen`.
+
+    All ranks call it together. Nothing happens where nothing is sharded.
+    """
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+
+
+def free_frozen(module: nn.Module) -> None:
+    """Undoes `gather_frozen`: each unit is gathered for its own forward again."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
 def set_gradient_sync(modules: Iterable[nn.Module], enabled: bool) -> None:
     """Whether the next backward reduces the gradients of these modules over the mesh.
 

@@ -29,20 +29,31 @@ class KVCache:
 
     Attributes:
         lengths: int64 [batch], committed tokens.
+        common_length: the same number as long as the host knows that it is one for all rows, else None.
     """
 
     def __init__(self, layers: int, batch: int, length: int, device: torch.device | str):
         self.length = length
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.common_length: int | None = 0
         self._keys: list[Tensor | None] = [None] * layers  # [batch, kv_heads, length, head_dim] each
         self._values: list[Tensor | None] = [None] * layers
 
+    @property
+    def lengths(self) -> Tensor:
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self._lengths, self.common_length = lengths, None
+
     def next_slots(self, m: int) -> Slots:
-        """The slots of the next m tokens of every row. Call it once a forward: on a GPU it waits for `lengths`."""
-        lengths = self.lengths.tolist()
+        """The slots of the next m tokens of every row. Call it once a forward: on a GPU it waits for `lengths`, unless every
+        commit so far was of one number for all rows."""
+        lengths = self._lengths.tolist() if self.common_length is None else [self.common_length]
         longest = max(lengths)
         assert longest + m <= self.length, f"the cache has {self.length} slots; {longest} are committed and {m} more were asked for"
-        index = self.lengths[:, None] + torch.arange(m, device=self.lengths.device)
+        index = self._lengths[:, None] + torch.arange(m, device=self._lengths.device)
         return Slots(index, longest if min(lengths) == longest else -1, longest + m)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
@@ -61,4 +72,6 @@ class KVCache:
 
     def commit(self, counts: Tensor | int) -> None:
         """Keeps the first `counts` (int64 [batch], or one number for all rows) of the tokens that the last forward wrote."""
-        self.lengths = self.lengths + counts
+        self._lengths = self._lengths + counts
+        known = self.common_length is not None and isinstance(counts, int)
+        self.common_length = self.common_length + counts if known else None

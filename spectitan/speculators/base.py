@@ -19,11 +19,11 @@ def align_targets(batch: TokenBatch, steps: int, lookahead: int = 1, keep: Tenso
     """The supervised pairs: state row t at step k predicts token t + 1 + lookahead + k.
 
     A drafter has `lookahead = 1`, because the base itself has already predicted token t + 1; the base's own loss has 0.
-    A pair is valid if state and target lie in one document and the target is supervised. Runs on the host; no other code
-    shifts tokens or reads `loss_mask`.
+    A pair is valid if state and target lie in one document, the target is supervised and `state_mask` lets a drafter start
+    from the state. Runs on the host; no other code shifts tokens or reads the masks.
 
     Args:
-        batch: tokens on the CPU.
+        batch: all on the CPU, but for the tokens, which are not read.
         steps: number of steps (heads).
         keep: bool [batch, seq, steps], a family's own choice among (state row, step) pairs; None keeps all.
     """
@@ -35,6 +35,8 @@ def align_targets(batch: TokenBatch, steps: int, lookahead: int = 1, keep: Tenso
         if distance >= length:
             break
         valid = loss_mask[:, distance:] & (documents[:, distance:] == documents[:, :-distance]) & (documents[:, distance:] >= 0)
+        if batch.state_mask is not None:
+            valid = valid & batch.state_mask[:, :-distance]
         if keep is not None:
             valid = valid & keep[:, : length - distance, k]
         rows, columns = valid.nonzero(as_tuple=True)
@@ -90,7 +92,7 @@ class Speculator(nn.Module):
         return tuple(f"head {step}" for step in range(self.steps))
 
     def align(self, batch: TokenBatch) -> Targets:
-        """The supervised pairs of a batch: pure, on the host, from loss_mask, document_ids and index only."""
+        """The supervised pairs of a batch: pure, on the host, from its masks, document_ids and index only."""
         return align_targets(batch, self.steps)
 
     def step_weight(self) -> Tensor:

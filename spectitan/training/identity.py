@@ -21,6 +21,11 @@ MUST_MATCH = (
     "data.weights",
     "data.seq_length",
     "training.global_batch_size",
+    "stage2.batch_size",  # these five between runs that both have a second stage; when it begins may change
+    "stage2.prompt_length",
+    "stage2.seq_length",
+    "stage2.temperature",
+    "stage2.top_k",
     "job.seed",
     "optimizer.name",
 )
@@ -53,6 +58,8 @@ def check_identity(saved: dict[str, object], current: dict[str, object]) -> None
     Raises:
         UserError: names the first key of MUST_MATCH that differs, what it was and what it is.
     """
+    if -1 in (values.get("stage2.start_step", -1) for values in (saved, current)):
+        saved, current = _without_stage2(saved), _without_stage2(current)
     absent = object()
     changed = []
     for key in sorted(saved.keys() | current.keys()):
@@ -84,6 +91,10 @@ def warn_of_other_text(saved: dict[str, str], current: dict[str, str]) -> None:
             "the text of %s is not what it was when the checkpoint was written: some samples may come twice, others never",
             ", ".join(changed),
         )
+
+
+def _without_stage2(values: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if key == "stage2.start_step" or not key.startswith("stage2.")}
 
 
 def _plain(value: object) -> object:

@@ -23,8 +23,8 @@ class Reporter:
         rows: what the rows of Loss.sums are of: "base" or "head 0", ...; or both, the base first.
         columns: what their columns are: loss, accuracy, ...
         datasets: names.
-        tokens_per_step: of an optimizer step, over all ranks.
-        flops: (targets of each row, tokens) -> useful floating-point operations.
+        work: (first step, the step after the last, targets of each row) -> tokens and useful floating-point operations of these
+            optimizer steps, over all ranks.
         dtype, device: of the losses.
         step: optimizer steps done.
 
@@ -38,14 +38,13 @@ class Reporter:
         rows: Sequence[str],
         columns: Sequence[str],
         datasets: Sequence[str],
-        tokens_per_step: int,
-        flops: Callable[[list[int], int], int],
+        work: Callable[[int, int, list[int]], tuple[int, int]],
         dtype: torch.dtype,
         device: torch.device,
         step: int,
     ):
         self.metrics, self.rows, self.columns, self.datasets = metrics, rows, columns, datasets
-        self.tokens_per_step, self.flops, self.dtype, self.device = tokens_per_step, flops, dtype, device
+        self.work, self.dtype, self.device = work, dtype, device
         self._begin(step)
 
     def _begin(self, step: int, skipped_in_a_row: Tensor | None = None) -> None:
@@ -62,7 +61,7 @@ class Reporter:
         self.refuse_bad()
         sums, counts = self.sums.total(), self.sums.counts
         seconds, steps = time.perf_counter() - self.timed_from, step - self.sums.first_step
-        tokens = steps * self.tokens_per_step
+        tokens, flops = self.work(self.sums.first_step, step, self.sums.counts.tolist())
         here = (step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
         means = dict(zip(self.columns[:4], (sums[:, :4] / counts.clamp_min(1)[:, None]).T.tolist()))
         part, base = next(iter(grad_norms)), {}
@@ -83,7 +82,7 @@ class Reporter:
             sample_hash=f"{self.sums.sample_hash:016x}",
             tokens_per_second=tokens * here,
             waiting=self.seconds_waiting / seconds,
-            flops_per_second=self.flops(self.sums.counts.tolist(), tokens) * here,
+            flops_per_second=flops * here,
         )
         self._begin(step, self.sums.skipped_in_a_row)
 

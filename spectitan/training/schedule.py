@@ -5,7 +5,7 @@ import math
 from spectitan.config.sections import LRScheduler
 
 
-def learning_rate_multiplier(step: int, total_steps: int, config: LRScheduler) -> float:
+def learning_rate_multiplier(step: int, total_steps: int, config: LRScheduler, stage2_start_step: int = -1) -> float:
     """Learning rate of an optimizer step over the peak rate.
 
     `linear`, `cosine`, `constant`: w warm-up steps rise as (step + 1) / (w + 1), so that no step is wasted at rate 0; the
@@ -16,9 +16,10 @@ def learning_rate_multiplier(step: int, total_steps: int, config: LRScheduler) -
     Args:
         step: optimizer steps done before this one, from 0.
         total_steps: steps of the whole run.
+        stage2_start_step: `stage2.start_step`, for two_stage; -1: no second stage.
     """
     if config.type == "two_stage":
-        return _two_stage(step, total_steps, config.stage2_start_step)
+        return _two_stage(step, total_steps, stage2_start_step)
     warmup = config.warmup_steps if config.warmup_steps >= 0 else min(2000, total_steps // 20)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -33,8 +34,8 @@ def learning_rate_multiplier(step: int, total_steps: int, config: LRScheduler) -
 def _two_stage(step: int, total_steps: int, stage2_start_step: int) -> float:
     """fms-fsdp's rate: a stage from 0 by a parabola to 1 and by a cosine to 0.1, then another a tenth as high.
 
-    Step `stage2_start_step` itself still belongs to the first stage, as there; a run whose second stage begins at step 0 has
-    no first. Warm-up is at least 1 step, where fms-fsdp divides by zero in stages shorter than 20.
+    The rate of step `stage2_start_step`, which is the first on the base's own text, is still that of the first stage, as
+    there; a run whose second stage begins at step 0 has no first. Warm-up is at least 1 step, where fms-fsdp divides by zero in stages shorter than 20.
     """
     if stage2_start_step < 0:
         return _stage(step, total_steps)

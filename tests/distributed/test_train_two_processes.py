@@ -19,7 +19,13 @@ STEPS = 5
 RUN = {"training__num_steps": STEPS, "checkpoint__interval": 3, "checkpoint__keep_latest_k": 0, "metrics__report_interval": 1}
 RUN |= {"training__compute_dtype": "float64", "training__micro_batch_size": 1, "eval__at_end": "false", "export__format": "none"}
 SHARDED = RUN | {"parallelism__sharding_strategy": "fsdp"}
-KINDS = {"mlp": {}, "kl_div": {"objective__loss": "kl_div"}, "base": tiny.BASE_ALONE | {"export__format": "none"}}
+STAGE2 = {"stage2__start_step": 2, "stage2__batch_size": 8, "stage2__prompt_length": 5, "stage2__seq_length": 11}
+KINDS = {
+    "mlp": {},
+    "kl_div": {"objective__loss": "kl_div"},
+    "stage2": STAGE2 | {"objective__loss": "kl_div"},
+    "base": tiny.BASE_ALONE | {"export__format": "none"},
+}
 KINDS["joint"] = KINDS["kl_div"] | {"base__freeze": "false", "training__detach_states": "false", "base__activation_checkpointing": "true"}
 KINDS["joint"] |= {"training__speculator_loss_coeff": 0.7, "optimizer__base_lr": 0.004}
 
@@ -66,7 +72,7 @@ def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["kl_div", "base", "joint"])
+@pytest.mark.parametrize("kind", ["kl_div", "stage2", "base", "joint"])
 def test_two_processes_train_as_one(world, whole, tmp_path, kind):
     started = start_two(world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
     assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()

@@ -377,6 +377,18 @@ def test_identity_names_the_key_and_logs_the_rest(caplog):
         check_identity(saved, {key: value for key, value in saved.items() if key != "data.weights"})
 
 
+def test_identity_of_a_second_stage(caplog):
+    """Its keys must match between runs that both have one; when it begins may change, from never and to never too."""
+    never, early, late = ({"stage2.start_step": start, "stage2.top_k": 10} for start in (-1, 0, 700))
+    with caplog.at_level("INFO"):
+        for saved, current in ((never, late), (late, never), (early, late)):
+            check_identity(saved, current | ({} if saved is early else {"stage2.top_k": 5}))
+        check_identity({}, late)  # written before there was a second stage
+    assert "stage2.start_step: 0 -> 700" in caplog.text
+    with pytest.raises(UserError, match="stage2.top_k was 10 in the checkpoint and is 5 now"):
+        check_identity(early, late | {"stage2.top_k": 5})
+
+
 def test_other_text_is_said_and_allowed(caplog):
     warn_of_other_text({"a": "1", "b": "2"}, {"a": "1", "b": "2"})
     warn_of_other_text({}, {"a": "1"})  # a checkpoint that does not say

@@ -161,7 +161,7 @@ def test_file_values(toml_file, text, table, name, value):
         (["--training.num-steps", "5"], ["nearest is training.num_steps"]),
         (["--trainig.num_steps", "5"], ["nearest is training.num_steps"]),
         (["--num_steps", "5"], ["nearest is training.num_steps"]),
-        (["--training.seq_length", "5"], ["nearest is data.seq_length"]),
+        (["--training.val_path", "v"], ["nearest is data.val_path"]),
         (["--speculator.head", "5"], ["nearest is speculator.heads"]),
         (["--training", "5"], ["unknown key 'training'"]),
         (["--"], ["unknown key ''"]),
@@ -254,8 +254,9 @@ def test_family_in_file_must_be_known(toml_file):
         (["--export.format", "hf"], ["export.format", "base.freeze"]),
         (["--optimizer.betas", "0.9"], ["optimizer.betas"]),
         (["--optimizer.betas", "0.9,1"], ["optimizer.betas"]),
-        (["--lr_scheduler.stage2_start_step", "5"], ["lr_scheduler.stage2_start_step", "two_stage"]),
-        (["--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=10"], ["stage2_start_step", "training.num_steps"]),
+        (["--stage2.start_step=10"], ["stage2.start_step", "training.num_steps"]),
+        (["--stage2.start_step=1", "--speculator.type=none", "--base.freeze=false"], ["stage2.start_step", "base.freeze"]),
+        (["--stage2.batch_size=0"], ["stage2.batch_size"]),
     ],
 )
 def test_combinations_that_cannot_be_trained(flags, named):
@@ -287,8 +288,8 @@ def test_what_other_programs_need(program, flags, named):
         ("generate", ["--base.path", "b", "--generate.prompt", "x"]),
         ("prepare", ["--base.path", "b", "--data.path", "d"]),
         ("train", [*TRAINED, "--training.epochs=0.1", "--speculator.type=none", "--base.freeze=false", "--base.init=random"]),
-        ("train", [*TRAINED, "--training.num_steps=9", "--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=8"]),
-        ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.type=two_stage", "--lr_scheduler.stage2_start_step=0"]),
+        ("train", [*TRAINED, "--training.num_steps=9", "--lr_scheduler.type=two_stage", "--stage2.start_step=8"]),
+        ("train", [*TRAINED, "--training.epochs=1", "--stage2.start_step=0"]),
     ],
 )
 def test_what_is_enough(program, flags):

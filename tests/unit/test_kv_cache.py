@@ -54,3 +54,21 @@ def test_a_full_cache_refuses_more():
     assert cache.next_slots(1).stop == 4
     with pytest.raises(AssertionError, match="4 slots; 3 are committed and 2 more"):
         cache.next_slots(2)
+
+
+def test_rows_of_one_length_are_placed_without_reading_their_lengths():
+    """On the meta device there is nothing to read: numbers committed for all rows are known to the host, others are not."""
+    cache = KVCache(1, 3, 9, "meta")
+    for start, m in ((0, 4), (4, 2), (6, 1)):
+        slots = cache.next_slots(m)
+        assert (slots.start, slots.stop, slots.index.shape) == (start, start + m, (3, m))
+        cache.commit(m)
+    with pytest.raises(AssertionError, match="9 slots; 7 are committed and 3 more"):
+        cache.next_slots(3)
+    cache.commit(torch.ones(3, dtype=torch.int64, device="meta"))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        cache.next_slots(1)
+    known = KVCache(1, 3, 9, "cpu")
+    known.commit(4)
+    known.lengths = known.lengths - torch.tensor([1, 0, 2])  # a rollback
+    assert known.next_slots(1).start == -1 and known.next_slots(1).index.flatten().tolist() == [3, 4, 2]

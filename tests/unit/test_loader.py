@@ -82,7 +82,8 @@ def test_batches_are_what_the_trainer_was_promised(folder):
     loader = load(make_data(folder, datasets=["a", "b"]), global_batch_size=6, micro_batch_size=6)
     batch = next(loader)
     assert isinstance(batch, TokenBatch) and batch.tokens.shape == (6, 17)
-    assert [tensor.dtype for tensor in batch] == [torch.int64, torch.bool, torch.int64, torch.int64, torch.int64]
+    assert [tensor.dtype for tensor in batch[:5]] == [torch.int64, torch.bool, torch.int64, torch.int64, torch.int64]
+    assert batch.state_mask is None
     assert batch.index.tolist() == list(range(6))
     for _ in range(60):
         batch = next(loader)

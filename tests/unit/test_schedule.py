@@ -7,7 +7,7 @@ from spectitan.training.schedule import learning_rate_multiplier
 
 
 def reference_two_stage(num_steps: int, start: int):
-    """fms-fsdp's schedule, transcribed: `start` is stage2_start_step."""
+    """fms-fsdp's schedule, transcribed: `start` is stage2.start_step."""
     warmup1 = min(2000, start // 20)
     stage1 = lambda x: min(1 - (1 - min(x, warmup1) / warmup1) ** 2, 0.1 + 0.5 * (1 - 0.1) * (1 + math.cos(x / start * math.pi)))
     length = num_steps - start
@@ -21,15 +21,15 @@ def reference_two_stage(num_steps: int, start: int):
 
 @pytest.mark.parametrize("num_steps, start", [(21000, 15000), (1000, 200), (60, 37), (100_000, 60_000)])
 def test_two_stage_is_the_reference(num_steps, start):
-    config = LRScheduler(type="two_stage", stage2_start_step=start)
+    config = LRScheduler(type="two_stage")
     expected = reference_two_stage(num_steps, start)
     for step in {*range(0, num_steps, max(1, num_steps // 997)), start - 1, start, start + 1, num_steps - 1, num_steps}:
-        assert learning_rate_multiplier(step, num_steps, config) == pytest.approx(expected(step), rel=1e-12, abs=1e-15)
+        assert learning_rate_multiplier(step, num_steps, config, start) == pytest.approx(expected(step), rel=1e-12, abs=1e-15)
 
 
 def test_two_stage_at_points_computed_by_hand():
-    config = LRScheduler(type="two_stage", stage2_start_step=15000)
-    rate = lambda step: learning_rate_multiplier(step, 21000, config)
+    config = LRScheduler(type="two_stage")
+    rate = lambda step: learning_rate_multiplier(step, 21000, config, 15000)
     assert rate(0) == 0
     assert rate(375) == pytest.approx(0.75)  # warm-up is 750 steps: 1 - (1/2)^2
     assert rate(7500) == pytest.approx(0.55)  # half of the cosine from 1 to 0.1
@@ -41,20 +41,19 @@ def test_two_stage_at_points_computed_by_hand():
 
 @pytest.mark.parametrize("start", [-1, 0, 1, 2, 19, 20, 29, 30, 31])
 def test_two_stage_of_short_stages_is_finite_and_positive_after_the_first_step(start):
-    config = LRScheduler(type="two_stage", stage2_start_step=start)
-    rates = [learning_rate_multiplier(step, 30, config) for step in range(30)]
+    config = LRScheduler(type="two_stage")
+    rates = [learning_rate_multiplier(step, 30, config, start) for step in range(30)]
     assert all(0 <= rate <= 1 for rate in rates)
     assert sum(rate == 0 for rate in rates) <= 2  # the first step of each stage
 
 
 def test_two_stage_without_a_first_or_a_second_stage():
-    only_first = LRScheduler(type="two_stage", stage2_start_step=-1)
-    only_second = LRScheduler(type="two_stage", stage2_start_step=0)
+    config = LRScheduler(type="two_stage")
     for step in range(100):
-        first = learning_rate_multiplier(step, 100, only_first)
+        first = learning_rate_multiplier(step, 100, config, -1)
         expected = min(1 - (1 - min(step, 5) / 5) ** 2, 0.1 + 0.45 * (1 + math.cos(math.pi * step / 100)))
         assert first == pytest.approx(expected)
-        assert learning_rate_multiplier(step, 100, only_second) == pytest.approx(0.1 * first)
+        assert learning_rate_multiplier(step, 100, config, 0) == pytest.approx(0.1 * first)
 
 
 def test_linear_by_hand():
