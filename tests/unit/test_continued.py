@@ -254,12 +254,12 @@ def test_work_is_what_is_multiplied():
     base = build(hidden_size=64, intermediate_size=200, num_heads=2, num_kv_heads=2).float()
     source = source_of(base)
     with FlopCounterMode(display=False) as counter:
-        source.states(source.begin(make_batch(3, 31)))
+        source.states(source.begin(make_batch(7, 31)))
     by_name = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for name, flops in by_name.items() if "attention" not in name)
     length = PROMPT + NEW  # attention: 1 + ... + length keys for the states; one less while sampling, the last token is not fed
-    attention = 2 * 2 * 64 * 2 * 6 * (sum(range(length)) + sum(range(length + 1)))
-    assert source.work(3) == (6 * length, products + attention)
+    attention = 2 * 2 * 64 * 2 * 14 * (sum(range(length)) + sum(range(length + 1)))
+    assert source.work(7) == (14 * length, products + attention)
 
 
 @pytest.mark.parametrize(
