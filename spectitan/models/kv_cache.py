@@ -18,7 +18,8 @@ class KVCache:
     """Keys and values of `length` slots a row. A committed token's slot is its place in the row.
 
     A forward writes its m tokens into slots `lengths + 0 .. m - 1` and leaves `lengths` alone; `commit(counts)` keeps the
-    first counts of them, the rest is garbage that the next forward overwrites. A rollback lowers `lengths`.
+    first counts of them, `keep` a path through a tree of them; the rest is garbage that the next forward overwrites. A rollback
+    lowers `lengths`.
 
     Heads, their size and the dtype are those of the first keys written: they are known where they are made, whatever
     precision or sharding that runs under.
@@ -75,3 +76,17 @@ class KVCache:
         self._lengths = self._lengths + counts
         known = self.common_length is not None and isinstance(counts, int)
         self.common_length = self.common_length + counts if known else None
+
+    def keep(self, places: Tensor, counts: Tensor) -> None:
+        """Moves tokens that the last forward wrote to the first of its slots, and commits them.
+
+        Args:
+            places: int64 [batch, n], their places among the m tokens of that forward. What stands past `counts` is moved too.
+            counts: int64 [batch], how many of the n are committed.
+        """
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        source = self.lengths[:, None] + places
+        target = self.lengths[:, None] + torch.arange(places.shape[1], device=places.device)
+        for stored in (*self._keys, *self._values):
+            stored[rows, :, target] = stored[rows, :, source]
+        self.commit(counts)

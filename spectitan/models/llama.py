@@ -193,8 +193,9 @@ class EmbedLLaMA(nn.Module):
             return None
         all_slots = torch.arange(slots.stop, device=positions.device)
         visible = all_slots <= slots.index[..., None] if mask is None else mask[..., : slots.stop]
-        if windowed:  # committed slots are positions; those of this forward lie inside any window longer than it
-            visible = visible & (all_slots > positions[..., None] - window)
+        if windowed:  # a committed slot is a position; those of this forward hold the positions given
+            held = all_slots.expand(len(positions), -1).scatter(1, slots.index, positions)
+            visible = visible & (held[:, None] > positions[..., None] - window)
         return attention_bias(visible, dtype)
 
     def _frequencies_on(self, x: Tensor) -> Tensor:

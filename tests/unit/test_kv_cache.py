@@ -72,3 +72,24 @@ def test_rows_of_one_length_are_placed_without_reading_their_lengths():
     known.commit(4)
     known.lengths = known.lengths - torch.tensor([1, 0, 2])  # a rollback
     assert known.next_slots(1).start == -1 and known.next_slots(1).index.flatten().tolist() == [3, 4, 2]
+
+
+@pytest.mark.parametrize("lengths", [[2, 2, 2], [1, 5, 0]])
+def test_a_path_through_a_tree_is_moved_together(lengths):
+    """Each row keeps another path of the five tokens written, one of them nothing; keys and values of both layers move alike."""
+    cache = KVCache(2, 3, 11, "cpu")
+    before = [(numbers(3, 6, 1), numbers(3, 6, 1000)), (numbers(3, 6, 2000), numbers(3, 6, 3000))]
+    tree = [(-keys[:, :, :5], -values[:, :, :5]) for keys, values in before]
+    for layer, (keys, values) in enumerate(before):
+        cache.write(layer, keys, values, cache.next_slots(6))
+    cache.lengths = torch.tensor(lengths)
+    slots = cache.next_slots(5)
+    seen = [cache.write(layer, keys, values, slots) for layer, (keys, values) in enumerate(tree)]
+    places, counts = torch.tensor([[0, 2, 4], [0, 3, 1], [0, 0, 0]]), torch.tensor([3, 2, 0])
+    cache.keep(places, counts)
+    assert cache.lengths.tolist() == [length + count for length, count in zip(lengths, counts.tolist())]
+    for layer, pair in enumerate(seen):
+        for stored, old, new in zip(pair, before[layer], tree[layer]):
+            for row, (length, count) in enumerate(zip(lengths, counts.tolist())):
+                expected = torch.cat([old[row, :, :length], new[row][:, places[row, :count]]], 1)
+                assert torch.equal(stored[row, :, : length + count], expected)

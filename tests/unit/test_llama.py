@@ -104,7 +104,7 @@ def test_equal_ids_apart_are_two_documents_only_in_position():
     assert torch.equal(model(tokens, documents).final, explicit)
 
 
-@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("window", [-1, 1, 2, 5])
 def test_a_tree_of_candidates_equals_its_chains(window):
     """Two rows of different length verify the tree root -> (a -> (c, d), b -> e) in one pass."""
     model = build(sliding_window=window)
