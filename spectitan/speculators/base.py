@@ -1,6 +1,6 @@
 """What every drafter is: the interface of trainer, decoder and export, and the one alignment of targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class Speculator(nn.Module):
 
     taps: tuple[int, ...] = ()  # layer ids of the base whose states it reads, ascending; the final state is always there
     steps: int = 1  # tokens it is trained to look ahead
+    drafts_trees: bool = False  # has draft_tree
     metrics: tuple[str, ...] = ("loss", "accuracy", "alpha", "full_accuracy")  # columns of Loss.sums; the first four are fixed
     formats: tuple[str, ...] = ()  # of export.format, that can hold it; auto is the first that holds all of it
 
@@ -121,6 +122,23 @@ class Speculator(nn.Module):
             tokens: int64 [batch, m], the token after each of the m newly verified states, right-padded.
             states: their states, [batch, m, ...].
             counts: int64 [batch], how many of the m are real; 0: the row is done, its draft is ignored.
+        """
+        raise NotImplementedError
+
+    def draft_tree(
+        self,
+        cache: KVCache | None,
+        tokens: Tensor,
+        states: BaseStates,
+        counts: Tensor,
+        readout: Readout,
+        top_k_tokens_per_head: Sequence[int],
+        n_candidates: int,
+    ) -> Draft:
+        """Proposes n_candidates chains of len(top_k_tokens_per_head) tokens a row, likeliest first; no two are the same.
+
+        Token i of a chain is among the top_k_tokens_per_head[i] likeliest after those before it. Nothing is drawn, so the
+        draft has no probabilities. The other arguments: see `draft`.
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ A family (mlp, lstm) is one file: its keys, its modules, and how a state advance
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,6 +107,7 @@ class RecurrentSpeculator(Speculator):
         width: of the sum: the last of emb_dim and of proj_dim.
     """
 
+    drafts_trees = True
     emb: nn.ModuleList
     proj: nn.ModuleList
     head: nn.ModuleList
@@ -216,6 +218,30 @@ class RecurrentSpeculator(Speculator):
             probabilities.append(probability)
         greedy = probabilities[0] is None
         return Draft(torch.stack(drafted, 1)[:, None], None if greedy else torch.stack(probabilities, 1)[:, None])
+
+    def draft_tree(
+        self,
+        cache: None,
+        tokens: Tensor,
+        states: BaseStates,
+        counts: Tensor,
+        readout: Readout,
+        top_k_tokens_per_head: Sequence[int],
+        n_candidates: int,
+    ) -> Draft:
+        """Of all chains that the heads' likeliest tokens make, the n_candidates with the largest probability (fms-extras)."""
+        batch = len(tokens)
+        token, state = last_row(tokens, counts), self.first_state(last_row(states.final, counts))
+        chains, scores = token.new_empty(batch, 1, 0), states.final.new_zeros(batch, 1)  # scores: log-probabilities of the chains
+        for step, k in enumerate(top_k_tokens_per_head):
+            state = self.advance(step, state, entry(self.emb, step)(token))
+            logits = entry(self.head, step)(state.hidden)
+            best, children = logits.topk(k)
+            scores = (scores.view(-1, 1) + best - logits.logsumexp(-1, keepdim=True)).view(batch, -1)
+            chains = torch.cat([chains.repeat_interleave(k, 1), children.view(batch, -1, 1)], 2)
+            token, state = children.flatten(), State(*(part if part is None else part.repeat_interleave(k, 0) for part in state))
+        likeliest = scores.topk(n_candidates).indices
+        return Draft(chains.take_along_dim(likeliest[..., None], 1), None)
 
     def flops(self, targets_per_step: list[int], tokens: int) -> int:
         """Forward and backward: each product three times, twice where its input needs no gradient (the base's hidden states)."""
