@@ -1,8 +1,8 @@
 """Tokenises the data ahead of training and shows what was found; makes a tokenizer or evaluation prompts, if asked to.
 
-    python -m spectitan.prepare --job.config_file train_configs/quickstart.toml
-    python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenizer_vocab_size 4096
-    python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
+python -m spectitan.prepare --job.config_file train_configs/quickstart.toml
+python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenizer_vocab_size 4096
+python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
 """
 
 import json
@@ -22,6 +22,7 @@ from spectitan.data.corpus import TokenisedDataset, cache_folder, tokenise_held_
 from spectitan.data.cut_prompts import cut_prompts
 from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_datasets, read_documents, validation_datasets
 from spectitan.data.loader import SAMPLE_BITS, Loader, build_loader
+from spectitan.data.rendering import rendered, texts_of
 from spectitan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
 from spectitan.errors import UserError
 from spectitan.files import write_whole
@@ -46,7 +47,7 @@ def prepare(config: Config, stop: StopSignal) -> None:
         write_prompts(config, tokenizer)
     loader = build_loader(config.data, tokenizer, seed=config.job.seed, global_batch_size=1, micro_batch_size=1)
     held_out = tokenise_held_out(config.data, tokenizer)
-    print(table(loader, held_out))
+    print(table(loader, held_out, config.data.seq_length))
     print(f"{loader.samples_per_epoch:,} samples of {config.data.seq_length} tokens in an epoch; shards are in {cache_folder(config.data)}")
     for _ in range(config.prepare.show):
         print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
@@ -92,7 +93,7 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
     documents = (
         document._replace(source=document.source.removeprefix(f"{dataset.root}/"))
         for dataset in datasets
-        for document in read_documents(dataset, config.data, part, Found())
+        for document in rendered(read_documents(dataset, config.data, part, Found()), tokenizer, config.data, Found(), dataset.name)
     )
     content = cut_prompts(documents, tokenizer, count, config.job.seed)
     found = content.count("\n")
@@ -103,7 +104,8 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _train_tokenizer(datasets: list[Dataset], data: Data, vocab_size: int) -> str:
-    return train_bpe((document.text for dataset in datasets for document in read_documents(dataset, data, TRAINING, Found())), vocab_size)
+    documents = (document for dataset in datasets for document in read_documents(dataset, data, TRAINING, Found()))
+    return train_bpe((text for document in documents for text in texts_of(document.content)), vocab_size)
 
 
 def _in_a_process(function, *arguments):
@@ -135,13 +137,17 @@ def _send_result(sending: Connection, function, arguments: tuple) -> None:
     sending.send(result)
 
 
-def table(loader: Loader, held_out: list[TokenisedDataset]) -> str:
-    """One row a dataset: documents, tokens, bytes, share of the samples, held out; below it what was dropped and why."""
-    titles = ("dataset", "documents", "tokens", "bytes", "bytes/token", "samples", "share", "held-out documents", "tokens")
+def table(loader: Loader, held_out: list[TokenisedDataset], seq_length: int) -> str:
+    """One row a dataset: documents, tokens, bytes, share of the samples, held out; below it what rows were, what was dropped and why."""
+    titles = ("dataset", "documents", "tokens", "supervised", "bytes", "bytes/token", "samples", "share", "held-out documents", "tokens")
     rows, notes = [titles], []
     evaluation = {name: shards.meta for name, shards in held_out}
     for name, counts in loader.counts.items():
         rows.append((*_row(name, counts), f"{counts['samples']:,}", f"{loader.shares[name]:.2%}", *_held_out(evaluation.pop(name, None))))
+        notes += [f"{name}: {count:,} rows of {kind}" for kind, count in sorted(counts["kinds"].items())]
+        if counts["supervised"] < counts["tokens"] and counts["longest"] > seq_length:
+            notes.append(f"{name}: documents of more than {seq_length} tokens are cut; the longest has {counts['longest']:,}")
+        notes += [f"{name}: {count:,} {what}" for what, count in sorted(counts["noted"].items())]
         notes += [f"{name}: dropped {count:,} ({reason})" for reason, count in sorted(counts["dropped"].items())]
         notes += [f"{name}: skipped {skipped}" for skipped in counts["skipped"]]
     rows += [(*_row(f"{name} (evaluation)", meta), "", "", "", "") for name, meta in evaluation.items()]
@@ -154,8 +160,9 @@ def table(loader: Loader, held_out: list[TokenisedDataset]) -> str:
 
 
 def _row(name: str, counts: dict) -> tuple[str, ...]:
-    tokens = counts["tokens"]
-    return name, f"{counts['documents']:,}", f"{tokens:,}", f"{counts['bytes']:,}", f"{counts['bytes'] / tokens:.3f}" if tokens else "-"
+    tokens, size = counts["tokens"], counts["bytes"]
+    supervised = counts.get("supervised", tokens)
+    return name, f"{counts['documents']:,}", f"{tokens:,}", f"{supervised:,}", f"{size:,}", f"{size / tokens:.3f}" if size else "-"
 
 
 def _held_out(meta: dict | None) -> tuple[str, str]:

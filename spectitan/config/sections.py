@@ -48,18 +48,29 @@ class Parallelism:
 class Data:
     path: str = key("", "file or folder of text; python:stdlib is the running Python's standard library source")
     format: str = key(
-        "auto", "text: each file is a document; jsonl: one JSON object a line; auto: by suffix", choices=("auto", "text", "jsonl")
+        "auto",
+        "text: each file is a document; jsonl: one JSON object a line; parquet: one row a document (needs pyarrow); auto: by suffix",
+        choices=("auto", "text", "jsonl", "parquet"),
     )
     suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads; python:stdlib reads .py")
-    text_column: str = key("text", "JSONL key that holds the text")
+    text_column: str = key("text", "column (JSONL: key) that holds a text, supervised throughout; empty: none")
+    prompt_key: str = key("question", "column of prompts; with data.response_key. Token ids are in columns input and output; empty: none")
+    prompt_dict_keys: list[str] = key([], "keys that lead from that column's value to the prompt, the outermost first")
+    response_key: str = key("answer", "column of responses; only they are supervised")
+    response_dict_keys: list[str] = key([], "keys that lead from that column's value to the response")
+    messages_key: str = key(
+        "messages", "column of chats, each a list of {role, content}; what the assistant says is supervised; empty: none"
+    )
     datasets: list[str] = key([], "sub-folders of data.path to use, each one dataset; empty: all of data.path as one dataset")
     weights: list[float] = key(
         [], "share of tokens of each of data.datasets, any positive numbers, 0 leaves one out; empty: by size", minimum=0
     )
     seq_length: int = key(2048, "tokens in a sample", minimum=2)
-    holdout: float = key(0.0, "share of files (text) or lines (jsonl) held out for evaluation, chosen by hash", minimum=0, maximum=0.5)
-    val_path: str = key("", "file or folder of evaluation text; empty: the held-out share")
-    on_invalid: str = key("error", "undecodable text: stop, or skip it, name it and count it", choices=("error", "skip"))
+    holdout: float = key(
+        0.0, "share of files (text) or rows (jsonl, parquet) held out for evaluation, chosen by hash", minimum=0, maximum=0.5
+    )
+    val_path: str = key("", "file or folder of evaluation text, in any of the formats; empty: the held-out share")
+    on_invalid: str = key("error", "what cannot be read: stop, or skip it, name it and count it", choices=("error", "skip"))
     drop_overlap: str = key(
         "", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted"
     )

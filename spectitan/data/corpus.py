@@ -13,14 +13,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from spectitan.config.sections import Data
-from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_datasets, read_documents, validation_datasets
-from spectitan.data.encoding import encoded
+from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Document, Found, find_datasets, read_documents, validation_datasets
+from spectitan.data.documents.formats import table_of
+from spectitan.data.encoding import Encoded, encoded
 from spectitan.data.overlap import PromptWindows
 from spectitan.data.progress import Progress
 from spectitan.data.prompts import load_prompts
+from spectitan.data.rendering import rendered, texts_of
 from spectitan.data.shards import FORMAT_VERSION, BrokenShards, Shards, ShardWriter
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
@@ -53,7 +53,7 @@ def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
     prompts = load_prompts(data.drop_overlap, tokenizer) if data.drop_overlap else []
     tokenised = [
         TokenisedDataset(dataset.name, _tokenised(dataset, data, TRAINING, tokenizer, prompts) if weight > 0 else None)
-        for dataset, weight in zip(datasets, weights)
+        for dataset, weight in zip(datasets, weights, strict=True)
     ]
     for name, shards in tokenised:
         if shards is not None:
@@ -62,10 +62,14 @@ def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
 
 
 def describe(shards: Shards) -> str:
-    """One line: documents, tokens, what was dropped and held out."""
+    """One line: documents, tokens, what rows were recognised as, what was dropped and held out."""
     meta = shards.meta
-    parts = [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens", f"{meta['bytes'] / meta['tokens']:.2f} bytes a token"]
+    parts = [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens"]
+    parts += [f"{meta['supervised']:,} of them supervised"] if shards.masked else []
+    parts += [f"{meta['bytes'] / meta['tokens']:.2f} bytes a token"] if meta["bytes"] else []
+    parts += [f"{count:,} rows of {kind}" for kind, count in sorted(meta.get("kinds", {}).items())]
     parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(meta["dropped"].items())]
+    parts += [f"{count:,} {reason}" for reason, count in sorted(meta.get("noted", {}).items())]
     parts += [f"{meta['held_out']:,} held out"] if meta.get("held_out") else []
     return ", ".join(parts)
 
@@ -133,10 +137,18 @@ def _cache_key(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokeni
         "content": _content_hash(dataset, cache_folder(data)),
         "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size],
         "part": [part, data.holdout if part else 0.0],
-        "reading": [data.format, data.text_column, data.on_invalid],
+        "reading": [data.format, data.text_column, data.on_invalid, *_reading_of_tables(dataset, data, tokenizer)],
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _reading_of_tables(dataset: Dataset, data: Data, tokenizer: Tokenizer) -> list:
+    """What decides how rows are read; nothing for text."""
+    if not any(table_of(data, file) for file in dataset.files):
+        return []
+    keys = [data.prompt_key, data.prompt_dict_keys, data.response_key, data.response_dict_keys, data.messages_key]
+    return [*keys, tokenizer.chat_template and tokenizer.chat_template.fingerprint]
 
 
 def _content_hash(dataset: Dataset, cache: Path) -> str:
@@ -183,34 +195,38 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
     found, num_bytes = Found(), 0
-    begin, end = np.split(np.array(tokenizer.document([]), np.uint32), [len(tokenizer.prompt([]))])
     writer = ShardWriter(folder, tokenizer.vocab_size)
     title = f"tokenising {dataset.name}" + (f" ({part})" if part == HELD_OUT else "")
     try:
         with Progress(title, dataset.num_bytes()) as progress:
-            documents = read_documents(dataset, data, part, found)
-            with closing(encoded(documents, tokenizer, data.tokenizer_threads)) as texts:
-                for document, ids in texts:
+            documents = rendered(read_documents(dataset, data, part, found), tokenizer, data, found, dataset.name)
+            with closing(encoded(documents, tokenizer, data.tokenizer_threads)) as results:
+                for document, result in results:
                     progress.update(document.bytes_read)
-                    reason = _why_dropped(ids, windows)
+                    reason = _why_dropped(document, result, tokenizer, windows)
                     if reason:
                         found.dropped[reason] += 1
                         continue
-                    writer.add(np.concatenate([begin, ids, end]))
-                    num_bytes += len(document.text.encode())
+                    writer.add(*result)
+                    num_bytes += sum(len(text.encode()) for text in texts_of(document.content))
         for name in found.skipped_names:
             logger.warning("data %s: skipped %s (undecodable)", dataset.name, name)
         if writer.documents == 0:
             raise EmptyDataset(_why_empty(dataset, data, part, found))
-        other = {"held_out": found.other_part} if part == TRAINING else {}
-        writer.finish({"bytes": num_bytes, "dropped": dict(found.dropped), "skipped": found.skipped_names} | other)
+        counts = {"dropped": found.dropped, "noted": found.noted, "kinds": found.kinds, "skipped": found.skipped_names}
+        writer.finish({"bytes": num_bytes} | counts | ({"held_out": found.other_part} if part == TRAINING else {}))
     finally:
         writer.close()
 
 
-def _why_dropped(ids: np.ndarray, windows: PromptWindows) -> str | None:
-    if len(ids) < 2:
-        return "one token" if len(ids) else "empty"
+def _why_dropped(document: Document, result: Encoded, tokenizer: Tokenizer, windows: PromptWindows) -> str | None:
+    ids, mask = result
+    if isinstance(document.content, str):
+        length = len(ids) - len(tokenizer.document([]))
+        if length < 2:
+            return "one token" if length else "empty"
+    elif not mask[1:].any():
+        return "no supervised token"
     return "prompt overlap" if windows.overlap(ids) else None
 
 

@@ -1,9 +1,10 @@
 """Evaluation prompts cut from held-out text: what eval.prompts reads."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from spectitan.data.documents import Document
+from spectitan.data.encoding import encode
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.keyed_random import uniform
 
@@ -14,18 +15,36 @@ MIN_TOKENS, MAX_TOKENS = 64, 128
 def cut_prompts(documents: Iterable[Document], tokenizer: Tokenizer, count: int, seed: int) -> str:
     """JSON lines {"tokens": [ids], "source": name} of `count` prompts, or fewer if the documents do not give as many.
 
-    Each begins at the start of a line and is MIN_TOKENS to MAX_TOKENS long. Place, length and choice are keyed by the seed;
-    documents take turns, so that the prompts come from as many of them as can be.
+    From a text, each begins at the start of a line and is MIN_TOKENS to MAX_TOKENS long; place and length are keyed by the seed.
+    Of a document with a mask, it is all before the first supervised token. Documents take turns, so that the prompts come from
+    as many of them as can be.
+
+    Args:
+        documents: as data.rendering.rendered gives them.
     """
     candidates = []
     for number, document in enumerate(documents):
-        lines = document.text.splitlines(keepends=True)
-        for turn in range(1 + count // 8):
-            place, length, order = (float(uniform(seed, number, turn, purpose)) for purpose in range(3))
-            text = "".join(lines[int(place * len(lines)) :])[: 16 * MAX_TOKENS]
-            ids = tokenizer.prompt(tokenizer.encode(text))
-            size = MIN_TOKENS + int(length * (MAX_TOKENS - MIN_TOKENS + 1))
-            if len(ids) > size:  # the text goes on after the prompt
-                candidates.append((turn, order, {"tokens": ids[:size], "source": document.source}))
+        cut = _of_text if isinstance(document.content, str) else _before_the_answer
+        for turn, ids in cut(document.content, number, tokenizer, count, seed):
+            order = float(uniform(seed, number, turn, 2))
+            candidates.append((turn, order, {"tokens": ids, "source": document.source}))
     candidates.sort(key=lambda candidate: candidate[:2])
     return "".join(json.dumps(prompt) + "\n" for _, _, prompt in candidates[:count])
+
+
+def _of_text(text: str, number: int, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    lines = text.splitlines(keepends=True)
+    for turn in range(1 + count // 8):
+        place, length = (float(uniform(seed, number, turn, purpose)) for purpose in range(2))
+        excerpt = "".join(lines[int(place * len(lines)) :])[: 16 * MAX_TOKENS]
+        ids = tokenizer.prompt(tokenizer.encode(excerpt))
+        size = MIN_TOKENS + int(length * (MAX_TOKENS - MIN_TOKENS + 1))
+        if len(ids) > size:  # the text goes on after the prompt
+            yield turn, ids[:size]
+
+
+def _before_the_answer(content: tuple, number: int, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    ids, mask = encode(content, tokenizer)
+    prompt = ids[: int(mask.argmax())].tolist()
+    if prompt:
+        yield 0, prompt

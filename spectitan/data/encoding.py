@@ -5,10 +5,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
-from spectitan.data.documents import Document
+from spectitan.data.documents import Document, Ids
+from spectitan.data.rendering import Rendered, mask_of, texts_of
 from spectitan.data.tokenizer import Tokenizer
 
 # A longer text is tokenised in pieces, cut at line ends: ids as Python's integers take twenty times the memory of the text.
@@ -16,8 +18,13 @@ PIECE_CHARACTERS = 2**20
 CHUNK_CHARACTERS = 2**18  # documents handed to a thread together
 
 
-def encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents with the ids of their text, uint32 [n], in order; -1 threads is one a core. To be closed.
+class Encoded(NamedTuple):
+    ids: np.ndarray  # uint32 [n], with what begins and ends a document
+    mask: np.ndarray | None = None  # bool [n], which may be targets; None: all
+
+
+def encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, Encoded]]:
+    """Documents, as `rendered` gives them, with their ids, in order; -1 threads is one a core. To be closed.
 
     Tokenizers release the interpreter while they work, so threads use all cores and copy no text between processes.
     """
@@ -28,11 +35,11 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -
             for chunk in _chunks(documents):
                 waiting.append((chunk, pool.submit(_encode_chunk, chunk, tokenizer)))
                 if len(waiting) > 2 * threads:
-                    chunk, ids = waiting.popleft()
-                    yield from zip(chunk, ids.result())
+                    chunk, results = waiting.popleft()
+                    yield from zip(chunk, results.result())
             while waiting:
-                chunk, ids = waiting.popleft()
-                yield from zip(chunk, ids.result())
+                chunk, results = waiting.popleft()
+                yield from zip(chunk, results.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -41,19 +48,64 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Lists of documents of at most CHUNK_CHARACTERS together; a longer one is a list of its own."""
     chunk, size = [], 0
     for document in documents:
-        if chunk and size + len(document.text) > CHUNK_CHARACTERS:
+        length = _length(document)
+        if chunk and size + length > CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
         chunk.append(document)
-        size += len(document.text)
+        size += length
     if chunk:
         yield chunk
 
 
-def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
-    if len(chunk) == 1:  # perhaps a long text: only one piece of it is held as Python's integers
-        return [np.concatenate([np.array(tokenizer.encode_batch([piece])[0], np.uint32) for piece in _pieces(chunk[0].text)])]
-    return [np.array(ids, np.uint32) for ids in tokenizer.encode_batch([document.text for document in chunk])]
+def _length(document: Document) -> int:
+    """Characters; of ids, their number."""
+    return sum(map(len, document.content if isinstance(document.content, Ids) else texts_of(document.content)))
+
+
+def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[Encoded]:
+    contents = [document.content for document in chunk]
+    if len(contents) > 1 and all(isinstance(content, str) for content in contents):
+        return [_framed(np.array(ids, np.uint32), tokenizer) for ids in tokenizer.encode_batch(contents)]
+    return [encode(content, tokenizer) for content in contents]
+
+
+def encode(content: str | tuple, tokenizer: Tokenizer) -> Encoded:
+    """One content, as `rendered` gives it. A prompt and its response are tokenised apart, as they are when a server answers."""
+    if isinstance(content, str):  # perhaps a long text: only one piece of it is held as Python's integers
+        return _framed(np.concatenate([_ids(piece, tokenizer) for piece in _pieces(content)]), tokenizer)
+    if isinstance(content, Ids):
+        return _masked(content.prompt, np.zeros(len(content.prompt), bool), content.response)
+    if isinstance(content, Rendered):
+        ids, starts = tokenizer.encode_rendered(content.text)
+        response = _response(content.response, tokenizer) if content.response else ()
+        return _masked(ids, mask_of(starts, content.spans), response)
+    prompt = tokenizer.encode_batch([content.prompt])[0]
+    if prompt[:1] != [tokenizer.bos_id]:  # or its text begins with one
+        prompt = tokenizer.prompt(prompt)
+    return _masked(prompt, np.zeros(len(prompt), bool), _response(content.response, tokenizer))
+
+
+def _response(text: str, tokenizer: Tokenizer) -> list[int]:
+    """ids of a response, ended by one end of text."""
+    ids = tokenizer.encode_batch([text])[0]
+    return ids if tokenizer.eos_id is None or ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
+
+
+def _masked(prompt: np.ndarray | list[int], mask: np.ndarray, response: np.ndarray | list[int]) -> Encoded:
+    """A prompt with its mask, then a response that is supervised."""
+    ids = np.concatenate([np.asarray(prompt, np.uint32), np.asarray(response, np.uint32)])
+    return Encoded(ids, np.concatenate([mask, np.ones(len(response), bool)]))
+
+
+def _framed(ids: np.ndarray, tokenizer: Tokenizer) -> Encoded:
+    """A text with what begins and ends a document."""
+    begin, end = np.split(np.array(tokenizer.document([]), np.uint32), [len(tokenizer.prompt([]))])
+    return Encoded(np.concatenate([begin, ids, end]))
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    return np.array(tokenizer.encode_batch([text])[0], np.uint32)
 
 
 def _pieces(text: str) -> list[str]:

@@ -70,7 +70,9 @@ class Loader:
         position: samples that whole optimizer steps have consumed over all ranks; with it, build_loader goes on from here.
         samples_per_epoch: samples of all datasets that are used, each once.
         datasets: names, by the number that sample_ids begin with.
-        counts: for each dataset {"documents", "tokens", "bytes", "samples", "held_out", "dropped": {reason: documents}, "skipped": names}.
+        counts: for each dataset {"documents", "tokens", "supervised" (tokens that may be targets), "longest" (document, in tokens),
+            "bytes", "samples", "held_out", "kinds": {what rows are: rows}, "dropped": {reason: documents}, "noted": {what: how often},
+            "skipped": names}.
         shares: share of each dataset in the samples.
         fingerprints: of each dataset's tokenised text: another if the files, the tokenizer or the choice of documents are; "" for none.
     """
@@ -140,10 +142,10 @@ def build_loader(
 
 
 def _counts(dataset: TokenisedDataset, samples: int) -> dict:
-    if dataset.shards is None:
-        return {"documents": 0, "tokens": 0, "bytes": 0, "samples": 0, "held_out": 0, "dropped": {}, "skipped": []}
-    meta = dataset.shards.meta
-    return {name: meta[name] for name in ("documents", "tokens", "bytes", "held_out", "dropped", "skipped")} | {"samples": samples}
+    counts = {"documents": 0, "tokens": 0, "supervised": 0, "longest": 0, "bytes": 0, "held_out": 0}
+    counts |= {"kinds": {}, "dropped": {}, "noted": {}, "skipped": []}
+    meta = {"supervised": dataset.shards.num_tokens} | dataset.shards.meta if dataset.shards else {}
+    return {name: meta.get(name, nothing) for name, nothing in counts.items()} | {"samples": samples}
 
 
 def _as_it_is(batch: TokenBatch) -> TokenBatch:

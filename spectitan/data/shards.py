@@ -36,7 +36,7 @@ class Shards:
     """Reads what ShardWriter wrote. Pickles as its folder, so that worker processes map the files themselves.
 
     Attributes:
-        meta: what the writer was given, with "documents" and "tokens".
+        meta: what the writer was given, with "documents", "tokens", "supervised" (tokens that may be targets) and "longest" (document).
         offsets, order, stream: as in the module's docstring.
         tokens, token_files: the ids of each file, and the files.
         masked: whether any id is kept from being a target.
@@ -98,7 +98,7 @@ class ShardWriter:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._lengths = (folder / "lengths.tmp").open("wb")
         self._file, self._files, self._in_file, self._mask = None, 0, 0, None
-        self.documents = self.tokens = self.supervised = 0
+        self.documents = self.tokens = self.supervised = self.longest = 0
 
     def add(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """A document: ids [n], and bool [n] of which may be targets; None: all."""
@@ -115,6 +115,7 @@ class ShardWriter:
         self._lengths.write(np.array(len(ids), np.int64).data)
         self._in_file += len(ids)
         self.documents, self.tokens = self.documents + 1, self.tokens + len(ids)
+        self.longest = max(self.longest, len(ids))
         self.supervised += len(ids) if mask is None else int(np.count_nonzero(mask))
 
     def finish(self, meta: dict) -> None:
@@ -130,7 +131,7 @@ class ShardWriter:
         del lengths, order
         lengths_path.unlink()
         sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
-        counts = {"documents": self.documents, "tokens": self.tokens, "supervised": self.supervised}
+        counts = {"documents": self.documents, "tokens": self.tokens, "supervised": self.supervised, "longest": self.longest}
         content = meta | counts | {"dtype": self._dtype.str, "files": sizes}
         (self._folder / "meta.json").write_text(json.dumps(content, indent=1))
         for path in [*self._folder.iterdir(), self._folder]:

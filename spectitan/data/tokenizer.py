@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from spectitan.data.chat_template import ChatTemplate, load_chat_template
 from spectitan.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,13 +32,15 @@ class Tokenizer(ABC):
         vocab_size: largest id + 1.
         bos_id: what this tokenizer puts before a text, None if it puts nothing there (though a token of that name may exist).
         eos_id: the end of a text; None if there is none.
-        fingerprint: hash of the files that decide ids; caches of token ids are keyed by it.
+        fingerprint: hash of the files that decide ids of text; caches of token ids are keyed by it.
+        chat_template: of the same folder; None if there is none.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     fingerprint: str
+    chat_template: ChatTemplate | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without bos_id and eos_id."""
@@ -46,6 +49,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. Releases the interpreter while it works, so that threads may call it side by side."""
+
+    @abstractmethod
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        """Text that a chat template made: its ids, special tokens in it as theirs, and the character at which each id begins."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -83,6 +90,10 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)  # a batch releases the interpreter
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
@@ -129,6 +140,35 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._backend.encode(list(texts), num_threads=1)
 
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        """As transformers does for such models: what is between bos and eos is tokenised part by part."""
+        specials = {self._backend.id_to_piece(i): i for i in (self._backend.bos_id(), self._backend.eos_id()) if i >= 0}
+        ids, starts, place = [], [], 0
+        for part in re.split("(" + "|".join(map(re.escape, specials)) + ")", text) if specials else [text]:
+            if part in specials:
+                ids.append(specials[part])
+                starts.append(place)
+            elif part:
+                part_ids = self._backend.encode(part)
+                ids += part_ids
+                starts += [place + start for start in self._starts(part_ids, len(part))]
+            place += len(part)
+        return ids, starts
+
+    def _starts(self, ids: list[int], length: int) -> list[int]:
+        """The character at which each id of a text of `length` characters begins."""
+        starts, place = [], 0
+        for id in ids:
+            # A byte that goes on with a character begins where that does.
+            byte = int(self._backend.id_to_piece(id)[1:-1], 16) if self._backend.is_byte(id) else None
+            goes_on = byte is not None and byte & 0xC0 == 0x80
+            starts.append(place - goes_on)
+            place += not goes_on if byte is not None else len(self._backend.id_to_piece(id))
+        added = place - length  # the space that such models put before a text
+        if added not in (0, 1):
+            raise UserError("this sentencepiece model changes the text that it tokenises: chats need the base's tokenizer.json")
+        return [max(0, start - added) for start in starts]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode(list(ids))
 
@@ -153,6 +193,10 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._backend.encode(text, allowed_special="all") for text in texts]
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self._backend.encode(text, allowed_special="all")
+        return ids, self._backend.decode_with_offsets(ids)[1]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([i for i in ids if i < self._first_special])
@@ -200,7 +244,9 @@ def load_tokenizer(folder: str | Path, model_vocab_size: int | None = None) -> T
     Raises:
         UserError: no such folder, no file that can be read, a file that cannot be understood; more tokens than the model has.
     """
-    tokenizer = _read_tokenizer(Path(folder))
+    folder = Path(folder)
+    tokenizer = _read_tokenizer(folder)
+    tokenizer.chat_template = load_chat_template(folder, _read_json(folder / "tokenizer_config.json"))
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model {model_vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}; allowed: at most as many")

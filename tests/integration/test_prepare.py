@@ -42,15 +42,15 @@ def test_what_was_found_is_printed(folder, capsys):
     for dataset, share in zip(find_datasets(data), ("75.00%", "25.00%")):
         expected = []
         for part in (TRAINING, HELD_OUT):
-            texts = [document.text for document in read_documents(dataset, data, part, Found()) if document.text]
+            texts = [document.content for document in read_documents(dataset, data, part, Found()) if document.content]
             tokens = sum(len(tokenizer.encode(content)) for content in texts)
             expected += [len(texts), tokens, sum(len(content.encode()) for content in texts)]
         documents, tokens, size, held_out, held_out_tokens, _ = expected
         row = rows[dataset.name]
-        assert row[1:4] == [str(documents), str(tokens), str(size)] and float(row[4]) == pytest.approx(size / tokens, abs=1e-3)
-        assert row[5:] == [str(-(-tokens // 31)), share, str(held_out), str(held_out_tokens)]
+        assert row[1:5] == [str(documents), str(tokens), str(tokens), str(size)] and float(row[5]) == pytest.approx(size / tokens, abs=1e-3)
+        assert row[6:] == [str(-(-tokens // 31)), share, str(held_out), str(held_out_tokens)]
     code = find_datasets(data)[0]
-    empty = sum(not document.text for document in read_documents(code, data, TRAINING, Found()))
+    empty = sum(not document.content for document in read_documents(code, data, TRAINING, Found()))
     assert empty > 0 and f"code: dropped {empty} (empty)" in output and "code: dropped 1 (invalid UTF-8)" in output
     assert f"code: skipped {folder}/text/code/broken.txt:1" in output
 
@@ -87,7 +87,7 @@ def test_a_tokenizer_is_made_of_the_training_part(folder, capsys):
     assert main(flags(folder, prepare__tokenizer_vocab_size=290)) == 0
     data = Data(path=str(folder / "text"), holdout=0.2, on_invalid="skip")
     (dataset,) = find_datasets(data)
-    expected = train_bpe([document.text for document in read_documents(dataset, data, TRAINING, Found())], 290)
+    expected = train_bpe([document.content for document in read_documents(dataset, data, TRAINING, Found())], 290)
     assert (folder / "base" / "tokenizer.json").read_text(encoding="utf-8") == expected
     tokenizer = load_tokenizer(folder / "base")
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (290, 0, None)

@@ -21,6 +21,9 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts):
         return [(np.frombuffer(text.encode(), np.uint8).astype(int) + 2).tolist() for text in texts]
 
+    def encode_rendered(self, text):
+        return self.encode(text), [i for i, character in enumerate(text) for _ in character.encode()]
+
     def decode(self, ids):
         return bytes(i - 2 for i in ids if i >= 2).decode(errors="replace")
 

@@ -174,8 +174,8 @@ def test_a_long_text_is_cut_at_line_ends(monkeypatch):
             return super().encode_batch(texts)
 
     content = "short\n" * 10 + "x" * 50 + "\n" + "end"
-    ((document, ids),) = encoded([Document(content, "a", 0)], Tokenizer(), 1)
-    assert ids.tolist() == ByteTokenizer().encode(content)
+    ((_, (ids, mask)),) = encoded([Document(content, "a", 0)], Tokenizer(), 1)
+    assert ids.tolist() == ByteTokenizer().document(ByteTokenizer().encode(content)) and mask is None
     assert "".join(seen) == content and max(map(len, seen)) <= 20
     assert all(piece.endswith("\n") for piece in seen[:4])
 

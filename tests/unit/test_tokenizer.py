@@ -78,6 +78,20 @@ def test_a_sentencepiece_model_is_known_by_its_content(tmp_path):
     assert ours.decode(ours.document(ours.encode(text(3)))) == text(3)
 
 
+def test_rendered_text_keeps_its_special_tokens_and_says_where_ids_begin(tmp_path):
+    train_sentencepiece(tmp_path / "tokenizer.model")
+    ours = load_tokenizer(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    parts = ["<s>", "größe 日本", "</s>", "<s>", "count x", "</s>"]
+    expected = [[theirs.bos_id()] if part == "<s>" else [theirs.eos_id()] if part == "</s>" else theirs.encode(part) for part in parts]
+    ids, starts = ours.encode_rendered("".join(parts))
+    assert ids == sum(expected, [])
+    begins = [len("".join(parts[:i])) for i in range(len(parts))]
+    assert [starts[len(sum(expected[:i], []))] for i in range(len(parts))] == begins and starts == sorted(starts)
+    (count,) = (i for i, id in enumerate(ids) if theirs.id_to_piece(id).endswith("x"))
+    assert "".join(parts)[starts[count] :].lstrip().startswith("x")
+
+
 def byte_pairs(content: str, ranks: dict[bytes, int]) -> list[int]:
     """Byte-pair encoding by its definition: in each word, join the neighbours of lowest rank until none is in the table."""
     ids = []
@@ -104,6 +118,10 @@ def test_a_tiktoken_file_is_known_by_its_content(tmp_path):
     # Llama 3's places: begin_of_text and end_of_text are the first two special tokens, eot_id the tenth.
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (len(tokens), len(tokens) + 1, len(tokens) + 256)
     assert ours.encode("<|eot_id|>") == [len(tokens) + 9]
+    rendered = "<|begin_of_text|>größe<|eot_id|>count"
+    ids, starts = ours.encode_rendered(rendered)
+    assert ids == [len(tokens), *ours.encode("größe"), len(tokens) + 9, *ours.encode("count")]
+    assert [starts[0], starts[1], starts[1 + len(ours.encode("größe"))]] == [0, 17, 22] and starts[-len(ours.encode("count"))] == 32
     assert [ours.decode(ours.document(ours.encode(content))) for content in TEXTS] == TEXTS
 
 

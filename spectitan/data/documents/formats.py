@@ -1,0 +1,34 @@
+"""File formats: by data.format, or by suffix where that is auto. What is no table is text, one document a file."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from spectitan.config.sections import Data
+from spectitan.data.documents import jsonl, parquet
+from spectitan.data.documents.rows import Kind, Row
+
+
+class Table(NamedTuple):
+    """A format whose files hold rows."""
+
+    suffixes: tuple[str, ...]
+    rows: Callable[[Path, list[Kind]], Iterator[Row]]
+
+
+TABLES = {"jsonl": Table((".jsonl", ".ndjson"), jsonl.rows), "parquet": Table((".parquet",), parquet.rows)}
+
+
+def table_of(data: Data, file: str) -> Table | None:
+    """The format of a file of the data; None for text."""
+    if data.format != "auto":
+        return TABLES.get(data.format)
+    return next((table for table in TABLES.values() if file.endswith(table.suffixes)), None)
+
+
+def readable_suffixes(data: Data) -> tuple[str, ...]:
+    """Suffixes of the files that are read in a folder."""
+    if data.format in TABLES:
+        return TABLES[data.format].suffixes
+    text = tuple(data.suffixes)
+    return text if data.format == "text" else text + sum((table.suffixes for table in TABLES.values()), ())

@@ -1,0 +1,151 @@
+"""What a row of a table says: a text, a prompt with its response, a chat, or token ids. Recognised by the names of its columns."""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from spectitan.config.sections import Data
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+IDS_COLUMNS = ("input", "output")
+
+
+class PromptResponse(NamedTuple):
+    prompt: str
+    response: str  # what is supervised
+
+
+class Messages(NamedTuple):
+    messages: list[dict]  # {"role": ..., "content": ..., ...}; what the assistant says is supervised
+
+
+class Ids(NamedTuple):
+    prompt: np.ndarray  # int64 [n]
+    response: np.ndarray  # int64 [m], what is supervised
+
+
+Content = str | PromptResponse | Messages | Ids  # a string is a text that is supervised throughout
+
+
+class Row(NamedTuple):
+    number: int  # of its file, from 1: a line, or a row
+    position: int  # bytes of the file read so far, about
+    columns: Callable[[], dict]  # raises ValueError with what is wrong
+
+
+class SkippedRow(Exception):
+    """A row that says nothing to learn from. Not a mistake: it is counted by this reason."""
+
+
+class Kind(NamedTuple):
+    """One of the things that a row may say."""
+
+    name: str
+    columns: tuple[str, ...]  # a row with all of these says it
+    keys: str  # that name the columns
+    content: Callable[[dict, Data], Content]  # raises ValueError with what is wrong, or SkippedRow
+
+
+def kinds_of(data: Data) -> list[Kind]:
+    """The kinds of rows that the configuration names columns for."""
+    kinds = [
+        Kind("text", (data.text_column,), "data.text_column", _text),
+        Kind("prompt and response", (data.prompt_key, data.response_key), "data.prompt_key and data.response_key", _prompt_response),
+        Kind("messages", (data.messages_key,), "data.messages_key", _messages),
+    ]
+    if {data.prompt_key, data.response_key} != set(IDS_COLUMNS):  # else these are text
+        kinds.append(Kind("ids", IDS_COLUMNS, "token ids", _ids))
+    return [kind for kind in kinds if all(kind.columns)]
+
+
+def kind_of(names: Collection[str], kinds: Sequence[Kind]) -> Kind:
+    """The one kind that columns of these names make.
+
+    Raises:
+        ValueError: none does, or several do.
+    """
+    fitting = [kind for kind in kinds if all(column in names for column in kind.columns)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        both = " and ".join(f"{kind.name} ({kind.keys})" for kind in fitting)
+        raise ValueError(f'its columns could be {both}; allowed: one of them. Set the key that is not meant to ""')
+    wanted = ", or ".join(f"{' and '.join(map(repr, kind.columns))} ({kind.keys})" for kind in kinds)
+    raise ValueError(f"no column {wanted}; its columns: {', '.join(map(repr, list(names)[:12])) or 'none'}")
+
+
+def _text(row: dict, data: Data) -> str:
+    text = row[data.text_column]
+    if not isinstance(text, str):
+        raise ValueError(f"{data.text_column!r} is a {type(text).__name__}; allowed: a string")  # noqa: TRY004
+    return _characters(text, repr(data.text_column))
+
+
+def _prompt_response(row: dict, data: Data) -> PromptResponse:
+    prompt = _nested(row, data.prompt_key, data.prompt_dict_keys, "prompt")
+    response = _nested(row, data.response_key, data.response_dict_keys, "response")
+    if not response.strip():
+        raise SkippedRow(f"empty {data.response_key!r} (data.response_key)")
+    return PromptResponse(_characters(prompt, repr(data.prompt_key)), _characters(response, repr(data.response_key)))
+
+
+def _nested(row: dict, key: str, dict_keys: Sequence[str], name: str) -> str:
+    """The string at row[key][dict_keys[0]][...]. On the way a list of one item stands for its item, as in VERL."""
+    value, path = _only_item(row[key]), repr(key)
+    for inner in dict_keys:
+        if not isinstance(value, dict) or inner not in value:
+            there = f"its keys: {', '.join(map(repr, value)) or 'none'}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
+            raise ValueError(f"no {inner!r} in {path} (data.{name}_dict_keys); {there}")
+        value, path = _only_item(value[inner]), f"{path}.{inner!r}"
+    if not isinstance(value, str):
+        raise SkippedRow(f"no string in {path} (data.{name}_key)")
+    return value
+
+
+def _only_item(value):
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
+
+
+def _messages(row: dict, data: Data) -> Messages:
+    messages, place = row[data.messages_key], f"{data.messages_key!r} (data.messages_key)"
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise SkippedRow(f"no list of messages in {place}")
+    roles = [message.get("role") for message in messages]
+    if not all(isinstance(role, str) and role in ROLES for role in roles):
+        raise SkippedRow(f"unknown role in {place}")
+    if not all(isinstance(message.get("content"), str | list | None) for message in messages):
+        raise SkippedRow(f"a message without text in {place}")
+    if not any(message["role"] == "assistant" and (message.get("content") or message.get("tool_calls")) for message in messages):
+        raise SkippedRow(f"no assistant turn in {place}")
+    _characters(json.dumps(messages, ensure_ascii=False, default=str), place)
+    # A Parquet file has every key in every message: one without a value was not there.
+    return Messages([{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages])
+
+
+def _ids(row: dict, data: Data) -> Ids:
+    prompt, response = (_int_array(row[column], column) for column in IDS_COLUMNS)
+    if not len(response):
+        raise SkippedRow(f"empty {IDS_COLUMNS[1]!r}")
+    return Ids(prompt, response)
+
+
+def _int_array(value: object, column: str) -> np.ndarray:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError(f"{column!r} is no list of token ids; allowed: one, or text that data.prompt_key and data.response_key name")
+    try:
+        return np.array(value, np.int64)
+    except OverflowError:
+        raise ValueError(f"{column!r} has a number that is no token id") from None
+
+
+def _characters(text: str, place: str) -> str:
+    """The text; ValueError if it cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} has half of a surrogate pair, which is no character") from None
+    return text
