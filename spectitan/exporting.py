@@ -6,10 +6,10 @@ import torch
 
 from spectitan.config.manager import Config
 from spectitan.errors import UserError
-from spectitan.models.weights import save_hf
+from spectitan.models.weights import fingerprint, save_hf
 from spectitan.speculators.serve_notes import serve_notes
 from spectitan.speculators.serving import choose_format, name_of_base, write_folder
-from spectitan.trained import find_trained, load_base, locate_base, read_speculator
+from spectitan.trained import Trained, base_fingerprint, check_base, find_trained, load_base, locate_base, read_speculator
 
 
 def export_run(config: Config) -> None:
@@ -39,6 +39,18 @@ def export_run(config: Config) -> None:
     if speculator is None:
         raise UserError(f'export.format = "{format}": {trained.path} holds a base and no speculator; allowed: auto, hf')
     format = choose_format(speculator, format)
-    write_folder(speculator, target, format, base_path, config.export.base_name)
+    write_folder(speculator, target, format, base_path, config.export.base_name, _fingerprint(config, trained, base_path))
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
     print("\n".join(serve_notes(format, str(target), name_of_base(base_path, config.export.base_name), speculator.steps)))
+    if not trained.keys.get("base.freeze", True):
+        print("- The base was trained with it: --export.format hf writes that one, to be served in place of base.path.")
+
+
+def _fingerprint(config: Config, trained: Trained, base_path: Path) -> str:
+    """Of the base that the speculator was trained for, which has to be the base of the folder."""
+    recorded = base_fingerprint(config, trained)
+    if config.base.allow_other or not trained.keys.get("base.freeze", True):
+        return recorded
+    found = fingerprint(base_path)
+    check_base(config, trained, found)
+    return recorded or found

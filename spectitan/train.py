@@ -1,7 +1,7 @@
 """Trains a speculator for a base model, both together, or a base alone: the loop, readable from top to bottom.
 
-    torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
-    python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
+torchrun -m spectitan.train --job.config_file train_configs/quickstart.toml
+python -m spectitan.train --job.config_file train_configs/quickstart.toml      # one process
 """
 
 import contextlib
@@ -36,11 +36,13 @@ from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
+from spectitan.speculators.base import Speculator
 from spectitan.speculators.joint import Joint
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.speculators.serving import choose_format
 from spectitan.states.continued import ContinuedStates, prompts_per_sample
 from spectitan.states.online import OnlineStates
+from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
 from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, read_state
@@ -76,7 +78,16 @@ class Trainer:
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
         self.tokenizer = load_tokenizer(self.base_path, base_config.vocab_size)
         check_seq_length(config.data, base_config.max_position_embeddings)
-        self.speculator = build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
+        for key, path in folders_to_write(config).items():
+            check_can_be_written(key, path)
+        if config.checkpoint.resume == "never":
+            sources = {"checkpoint.load_path": config.checkpoint.load_path, "speculator.path": config.speculator.path}
+            check_can_be_moved(self.folder, sources)
+        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
+        self.checkpoint = self._starting_point()  # the newest of this run
+        saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
+        base_weights = "random" if config.base.init == "random" else fingerprint(self.base_path)
+        self.speculator = self._make_speculator(base_config, base_weights)
         if config.export.format not in ("hf", "none") and config.speculator.type != "none":
             choose_format(self.speculator, config.export.format)
         self.prompts_per_sample = 1
@@ -89,14 +100,7 @@ class Trainer:
             self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
             select_prompts(self.prompts, config.eval, base_config)
             draft_length(self.speculator, config.eval)
-        for key, path in folders_to_write(config).items():
-            check_can_be_written(key, path)
-        if config.checkpoint.resume == "never":
-            check_can_be_moved(self.folder, config.checkpoint.load_path)
-        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
-        self.checkpoint = self._starting_point()  # the newest of this run
-        self.identity = self._identity(base_config)
-        saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
+        self.identity = self._identity(base_config, base_weights)
         if self.checkpoint:
             check_identity(saved["identity"], self.identity)
         self.step = saved["step"]
@@ -137,11 +141,23 @@ class Trainer:
         own = self.checkpointer.newest_valid() if config.resume == "auto" else None
         return own if own or not config.load_path else find_checkpoint(config.load_path)
 
-    def _identity(self, base_config: LlamaConfig) -> dict[str, object]:
-        base_weights = "random" if self.config.base.init == "random" else fingerprint(self.base_path)
+    def _identity(self, base_config: LlamaConfig, base_weights: str) -> dict[str, object]:
         identity = run_identity(self.config, base_config.identity(), base_weights, self.tokenizer.fingerprint)
         prompts = self.global_batch_size * self.prompts_per_sample
         return identity | {"training.global_batch_size": self.global_batch_size, "stage2.batch_size": prompts}
+
+    def _make_speculator(self, base_config: LlamaConfig, base_weights: str) -> Speculator:
+        """A new one, or with speculator.path the one there, whose keys it takes. A run that goes on has its keys in its checkpoint."""
+        config, self.fine_tunes = self.config, False
+        if config.speculator.path:
+            trained = open_checkpoint(self.checkpoint) if self.checkpoint else find_trained(config)
+            config.adopt_speculator(*family_keys(trained), source=str(trained.path))
+            if not self.checkpoint:
+                check_base(config, trained, base_weights)
+                logger.info("starting from the speculator in %s, with a new optimizer", trained.path)
+                self.fine_tunes = True
+                return read_speculator(trained, base_config, config.objective)
+        return build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
 
     def _build_model(self) -> None:
         config = self.config
@@ -149,7 +165,7 @@ class Trainer:
         self.base = get_model(
             config.base.arch, config.base.variant, self.base_path, init=config.base.init, dtype=dtype, seed=config.job.seed
         )
-        if config.speculator.type != "none":
+        if config.speculator.type != "none" and not self.fine_tunes:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.base.to(self.device)
         self.speculator.to(self.device)

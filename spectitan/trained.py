@@ -12,10 +12,10 @@ from spectitan.config.sections import Base, Objective
 from spectitan.errors import UserError
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
-from spectitan.models.weights import resolve_base_path
+from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import SPECULATORS, build_speculator
-from spectitan.speculators.serving import load_speculator
+from spectitan.speculators.serving import describe_folder, load_speculator
 from spectitan.training.checkpoint import find_checkpoint, read_state, read_tensors
 
 
@@ -51,9 +51,47 @@ def find_trained(config: Config) -> Trained | None:
         path = Path(config.job.dump_folder)
     else:
         return None
-    checkpoint = find_checkpoint(path)
-    state = read_state(checkpoint)
-    return Trained(checkpoint, state["identity"], state["step"])
+    return open_checkpoint(find_checkpoint(path))
+
+
+def open_checkpoint(path: Path) -> Trained:
+    """A checkpoint that has been verified."""
+    state = read_state(path)
+    return Trained(path, state["identity"], state["step"])
+
+
+def family_keys(trained: Trained) -> tuple[str, object]:
+    """speculator.type, and the family's keys as an instance of its Config class."""
+    if not trained.keys:
+        folder = describe_folder(trained.path)
+        return folder.type, folder.config
+    type = trained.keys["speculator.type"]
+    if type == "none":
+        raise UserError(f"{trained.path} holds a base and no speculator")
+    return type, trained.section("speculator", SPECULATORS[type][0])
+
+
+def base_fingerprint(config: Config, trained: Trained) -> str:
+    """Fingerprint of the base that it was trained for; empty if a folder of another system does not say it."""
+    if not trained.keys:
+        return describe_folder(trained.path).base_fingerprint
+    if trained.keys["base.freeze"]:
+        return trained.keys["base.identity"]
+    return fingerprint(load_base(config, torch.bfloat16)[0])
+
+
+def check_base(config: Config, trained: Trained, found: str) -> None:
+    """Refuses another base than the one that it was trained for, unless base.allow_other is set.
+
+    Args:
+        found: the base's fingerprint.
+    """
+    expected = "" if config.base.allow_other else base_fingerprint(config, trained)
+    if expected and expected != found:
+        raise UserError(
+            f"{trained.path}: the speculator was trained for another base (fingerprint {expected[:12]}) than base.path, "
+            f"whose fingerprint is {found[:12]}; allowed: its own base, or base.allow_other = true"
+        )
 
 
 def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, LlamaConfig]:
@@ -95,25 +133,28 @@ def load_speculator_for(config: Config, base: nn.Module) -> Speculator | None:
     trained = find_trained(config)
     if config.speculator.type == "none" or trained is None:
         return None
-    speculator = read_speculator(trained, base.config, config.objective)
+    speculator = read_speculator(trained, base.config, None if trained.keys else config.objective)
     if speculator is None:
         return None
+    if trained.keys.get("base.freeze", True):  # else the base comes from the same checkpoint
+        check_base(config, trained, fingerprint(base))
     weight = base.readout.head.weight
     return speculator.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
-def read_speculator(trained: Trained, base_config: LlamaConfig, objective: Objective = Objective()) -> Speculator | None:
+def read_speculator(trained: Trained, base_config: LlamaConfig, objective: Objective | None = None) -> Speculator | None:
     """The speculator of a folder or checkpoint, in float32 on the CPU; None if the run trained a base alone.
 
-    `objective` is a folder's, which does not say what it was trained with; a checkpoint does.
+    Args:
+        objective: what it is to be measured or trained with; None: that of the checkpoint's run, the default for a folder.
     """
     if not trained.keys:
-        return load_speculator(trained.path, base_config, objective)
+        return load_speculator(trained.path, base_config, objective or Objective())
     type = trained.keys["speculator.type"]
     if type == "none":
         return None
-    config, objective = trained.section("speculator", SPECULATORS[type][0]), trained.section("objective", Objective)
-    speculator = build_speculator(type, config, base_config, objective)
+    config = trained.section("speculator", SPECULATORS[type][0])
+    speculator = build_speculator(type, config, base_config, objective or trained.section("objective", Objective))
     _fill(speculator, read_tensors(trained.path, "speculator."), trained.path)
     return speculator
 

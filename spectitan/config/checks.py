@@ -61,9 +61,11 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
-    training = config.training
-    given = f"speculator.path = {config.speculator.path!r}"
-    _require(not config.speculator.path, f"{given}: train does not start from it; allowed: checkpoint.load_path, to go on from one")
+    training, start = config.training, f"speculator.path = {config.speculator.path!r}"
+    if config.speculator.path:
+        load_path = config.checkpoint.load_path
+        _require(config.speculator.type != "none", f'{start} with speculator.type = "none"; allowed: a type, or no path')
+        _require(not load_path, f"{start} and checkpoint.load_path = {load_path!r}; allowed: one of them")
     _require(
         (training.num_steps == -1) != (training.epochs == -1),
         f"training.num_steps = {training.num_steps} and training.epochs = {training.epochs}; allowed: one of them, the other -1",

@@ -45,6 +45,29 @@ class Config:
     generate: sections.Generate
     prepare: sections.Prepare
 
+    given = frozenset()  # section.key of all that the file or the command line set; no field, so that it is no table
+
+    def adopt_speculator(self, type: str, family_config, source: str) -> None:
+        """Takes speculator.type and the family's keys from a trained speculator.
+
+        Args:
+            family_config: an instance of the family's Config class.
+            source: where it was found, for the message.
+
+        Raises:
+            UserError: a key was given another value. -1, "work it out", agrees with all.
+        """
+        for label in sorted(self.given):
+            table, _, name = label.partition(".")
+            if table != "speculator" or name == "path":
+                continue
+            given, theirs = getattr(self.speculator, name), type if name == "type" else getattr(family_config, name, None)
+            if given != -1 and str(given) != str(theirs):
+                found = "no such key" if theirs is None else toml_value(theirs)
+                raise UserError(f"{label} = {toml_value(given)}; {source} has {found}: leave {label} out, or start from another speculator")
+        values = dataclasses.asdict(family_config)
+        self.speculator = _merged(family_config.__class__)(**values, type=type, path=self.speculator.path)
+
     def to_toml(self) -> str:
         """The resolved configuration as a TOML file that, loaded, gives this configuration again.
 
@@ -97,6 +120,7 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
     for label, value in values.items():
         setattr(made[keys[label].section], keys[label].name, value)
     config = Config(**made)
+    config.given = frozenset(values)
     check_combinations(config, program)
     return config
 

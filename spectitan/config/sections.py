@@ -36,6 +36,7 @@ class Base:
         "pretrained", "weights from base.path, or random (only config.json and tokenizer are read)", choices=("pretrained", "random")
     )
     freeze: bool = key(True, "keep the base as it is; false trains it, with the speculator from one forward, or alone")
+    allow_other: bool = key(False, "use a speculator with another base than the one it was trained for, if the shapes are the same")
     activation_checkpointing: bool = key(False, "trained base: keep each block's input only and run it again in the backward")
 
 
@@ -219,4 +220,8 @@ class SpeculatorSelection:
     """The two speculator keys that every family has; the manager merges them with the chosen family's Config."""
 
     type: str = key("mlp", "family of the drafter; none trains the base alone")
-    path: str = key("", "trained speculator (evaluate, generate, export): an exported folder, a checkpoint, or a dump_folder")
+    path: str = key(
+        "",
+        "trained speculator: an exported folder, a checkpoint, or a dump_folder. train starts from its weights, with its keys and a new "
+        "optimizer (checkpoint.load_path goes on with the old one)",
+    )

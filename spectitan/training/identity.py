@@ -29,6 +29,7 @@ MUST_MATCH = (
     "job.seed",
     "optimizer.name",
 )
+_BASE = ("base.identity", "base.config.")  # what makes it another base; beginnings of keys
 
 
 def run_identity(config, base_config: dict[str, object], base_weights: str, tokenizer: str) -> dict[str, object]:
@@ -49,7 +50,8 @@ def run_identity(config, base_config: dict[str, object], base_weights: str, toke
 def check_identity(saved: dict[str, object], current: dict[str, object]) -> None:
     """Refuses to continue a run whose meaning has changed; logs every other key that has.
 
-    A key that the checkpoint does not know is new since the version that wrote it, and only logged.
+    A key that the checkpoint does not know is new since the version that wrote it, and only logged. So is another base under
+    base.allow_other; its shapes are compared with the tensors.
 
     Args:
         saved: `section.key` -> JSON value, of the checkpoint.
@@ -62,16 +64,17 @@ def check_identity(saved: dict[str, object], current: dict[str, object]) -> None
         saved, current = _without_stage2(saved), _without_stage2(current)
     absent = object()
     changed = []
+    allowed = _BASE if current.get("base.allow_other") else ()
     for key in sorted(saved.keys() | current.keys()):
         was, now = (_plain(values[key]) if key in values else absent for values in (saved, current))
         if was == now:
             continue
         was, now = ("absent" if value is absent else repr(value) for value in (was, now))
-        known = key in saved
+        known = key in saved and not key.startswith(allowed)
         if known and (key in MUST_MATCH or any(table.endswith(".") and key.startswith(table) for table in MUST_MATCH)):
             raise UserError(
-                f"{key} was {was} in the checkpoint and is {now} now: "
-                "set it back, use another job.dump_folder, or checkpoint.resume = never"
+                f"{key} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, "
+                f"checkpoint.resume = never{', or base.allow_other = true' if key.startswith(_BASE) else ''}"
             )
         changed.append(f"{key}: {was} -> {now}")
     if changed:

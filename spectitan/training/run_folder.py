@@ -20,10 +20,15 @@ def check_can_be_written(key: str, folder: str) -> None:
         raise UserError(f"{key} = {folder!r}: {existing}: {problem}")
 
 
-def check_can_be_moved(folder: Path, load_path: str) -> None:
-    """What must stay where it is may not lie in the folder that checkpoint.resume = never moves aside."""
-    for what, path in (("the working folder", Path.cwd()), ("checkpoint.load_path", Path(load_path).expanduser() if load_path else None)):
-        if path is not None and path.resolve().is_relative_to(folder.resolve()):
+def check_can_be_moved(folder: Path, sources: dict[str, str]) -> None:
+    """What must stay where it is may not lie in the folder that checkpoint.resume = never moves aside.
+
+    Args:
+        sources: key -> path, or "", of what the run starts from.
+    """
+    paths = {"the working folder": Path.cwd()} | {key: Path(path).expanduser() for key, path in sources.items() if path}
+    for what, path in paths.items():
+        if path.resolve().is_relative_to(folder.resolve()):
             given = f"job.dump_folder = {str(folder)!r} holds {what}"
             raise UserError(f"{given}: checkpoint.resume = never cannot move that; use another folder")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from spectitan.config.sections import Base, Objective, SpeculatorSelection
 from spectitan.export import main
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
-from spectitan.models.weights import save_hf
+from spectitan.models.weights import fingerprint, save_hf
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.mlp import MlpConfig
 from spectitan.speculators.registry import build_speculator
@@ -42,6 +42,7 @@ def save_run(
         "objective": dataclasses.asdict(Objective()),
     }
     keys = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
+    keys["base.identity"] = fingerprint(base_path)
     return Checkpointer(folder / "checkpoints").save(step, module_tensors(trained), {"identity": keys})
 
 

@@ -1,6 +1,8 @@
 """Folders in Hugging Face layout: read, written, identified; damaged and hostile ones refused in one line."""
 
 import json
+import math
+import resource
 import shutil
 import struct
 
@@ -131,6 +133,29 @@ def test_fingerprints_see_the_config(folder):
     identity = fingerprint(folder)
     edit(folder, rms_norm_eps=1e-4)
     assert fingerprint(folder) != identity
+
+
+def test_fingerprints_read_little_of_a_large_base(folder):
+    """Of a sparse file of 2 GB only a few pages are touched."""
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder, vocab_size=(vocab := 2**30 // (4 * config["hidden_size"])))
+    header, end = {}, 0
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        shape = [vocab, *tensor.shape[1:]] if name == "model.embed_tokens.weight" else list(tensor.shape)
+        if name == "lm_head.weight":
+            shape = [vocab, *tensor.shape[1:]]
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    assert len(fingerprint(folder)) == 64
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    pages = after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
+    assert end > 2**31 and pages < 10_000  # all of it would be 500,000
 
 
 # Names
