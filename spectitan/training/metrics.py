@@ -69,6 +69,7 @@ class MetricsLogger:
         grad_norm: float,
         base: dict[str, float],
         skipped_steps: int,
+        unsupervised_steps: int,
         supervised_tokens: int,
         tokens_by_dataset: dict[str, int],
         sample_hash: str,
@@ -84,6 +85,7 @@ class MetricsLogger:
             grad_norm: of the last step, before clipping.
             base: of a base trained with a speculator: base_loss, base_accuracy, base_grad_norm, base_lr; else nothing.
             skipped_steps: how many of the steps changed nothing, because a gradient norm was not finite.
+            unsupervised_steps: how many of the steps had no target at all; they add nothing to the means.
             supervised_tokens: targets of the first head.
             tokens_by_dataset: tokens that the loss mask lets be targets.
             sample_hash: of the samples trained on, in hexadecimal.
@@ -93,7 +95,8 @@ class MetricsLogger:
             per_head: means over supervised targets, one number a head: loss and accuracy at least.
         """
         memory = peak_memory()
-        scalars = {"lr": lr, "grad_norm": grad_norm, **base, "skipped_steps": skipped_steps, "supervised_tokens": supervised_tokens}
+        scalars = {"lr": lr, "grad_norm": grad_norm, **base, "skipped_steps": skipped_steps, "unsupervised_steps": unsupervised_steps}
+        scalars |= {"supervised_tokens": supervised_tokens}
         scalars |= {"tokens_per_second": tokens_per_second, "waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
         record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
         utils.on_main(lambda: _append(self.file, record))
@@ -118,6 +121,8 @@ class MetricsLogger:
             parts.append("base: loss {base_loss:.3f}, accuracy {base_accuracy:.3f}, grad norm {base_grad_norm:.3g}".format(**scalars))
         if scalars["skipped_steps"]:
             parts.append(f"{scalars['skipped_steps']} steps skipped: a gradient norm was not finite")
+        if scalars["unsupervised_steps"]:
+            parts.append(f"{scalars['unsupervised_steps']} steps without a supervised token")
         parts += [f"{scalars['tokens_per_second']:,.0f} tokens/s", f"data {100 * scalars['waiting']:.1f}%"]
         return " | ".join([*parts, f"{scalars['peak_memory'] / 1e9:.2f} GB", flops])
 

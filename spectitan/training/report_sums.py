@@ -20,6 +20,7 @@ class ReportSums:
         counts: int64 [rows], targets over all ranks, on the CPU.
         tokens_by_dataset: int64 [num_datasets], tokens that the loss mask lets be targets, over all ranks, on the CPU.
         sample_hash: int, modulo 2**64, of the samples.
+        unsupervised_steps: optimizer steps without a single target on any rank.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class ReportSums:
         first_step: int,
         skipped_in_a_row: Tensor | None = None,
     ):
-        self.first_step, self.sample_hash = first_step, 0
+        self.first_step, self.sample_hash, self.unsupervised_steps = first_step, 0, 0
         self.counts, self.tokens_by_dataset = torch.zeros(shape[0], dtype=torch.int64), torch.zeros(num_datasets, dtype=torch.int64)
         self._sums = torch.zeros(shape, dtype=dtype, device=device)
         self._first_bad_step = torch.full(shape[:1], -1, device=device)
@@ -41,6 +42,7 @@ class ReportSums:
     def add_samples(self, counts: Tensor, tokens_by_dataset: Tensor, sample_hash: int) -> None:
         """The targets, tokens and samples of one optimizer step, over all ranks."""
         self.counts += counts
+        self.unsupervised_steps += not counts.any()
         self.tokens_by_dataset += tokens_by_dataset
         self.sample_hash = (self.sample_hash + sample_hash) % 2**64
 
@@ -76,12 +78,14 @@ class ReportSums:
             "counts": self.counts.tolist(),
             "tokens_by_dataset": self.tokens_by_dataset.tolist(),
             "sample_hash": self.sample_hash,
+            "unsupervised_steps": self.unsupervised_steps,
             "skipped": self.skipped(),
             "skipped_in_a_row": int(self.skipped_in_a_row),
         }
 
     def load(self, state: dict) -> None:
         self.first_step, self.sample_hash = state["first_step"], state["sample_hash"]
+        self.unsupervised_steps = state["unsupervised_steps"]
         self.counts, self.tokens_by_dataset = torch.tensor(state["counts"]), torch.tensor(state["tokens_by_dataset"])
         self._skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])

@@ -77,6 +77,7 @@ class Reporter:
             grad_norm=grad_norms[part].item(),
             base=base,
             skipped_steps=self.sums.skipped(),
+            unsupervised_steps=self.sums.unsupervised_steps,
             supervised_tokens=int(counts[0]),
             tokens_by_dataset=dict(zip(self.datasets, self.sums.tokens_by_dataset.tolist())),
             sample_hash=f"{self.sums.sample_hash:016x}",

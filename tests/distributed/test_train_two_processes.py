@@ -1,5 +1,6 @@
 """Two gloo processes against one, through the trainer: the same losses and weights, and one's checkpoints for the other."""
 
+import json
 import os
 import signal
 import socket
@@ -78,6 +79,23 @@ def test_two_processes_train_as_one(world, whole, tmp_path, kind):
     assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
     assert_close(tmp_path / "run", whole[kind])
     assert sorted(path.name for path in tiny.checkpoint(tmp_path / "run", STEPS).glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+
+
+@pytest.mark.parametrize("kind", ["untied", "joint"])
+def test_where_one_rank_or_both_have_nothing_supervised(world, tmp_path, kind):
+    """Prompts far longer than samples: most samples have no supervised token, and some steps have none on either rank."""
+    rows = [{"input": [2 + (7 * row + i) % 250 for i in range(200)], "output": [3, 4 + row, 5, 6]} for row in range(5)]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"untied": {"speculator__tie_weights": "false"}, "joint": KINDS["joint"]}[kind]
+    run = RUN | changes | {"data__path": tmp_path / "ids.jsonl", "data__holdout": 0.0, "training__global_batch_size": 2}
+    assert train.main(world.flags(tmp_path / "one", **run)) == 0
+    started = start_two(world.flags(tmp_path / "two", **run, parallelism__sharding_strategy="fsdp"), tmp_path / "output")
+    assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
+    assert_close(tmp_path / "two", tmp_path / "one")
+    reports = tiny.reports(tmp_path / "two")
+    empty = [report["unsupervised_steps"] for report in reports]
+    assert 0 < sum(empty) < STEPS and [report["supervised_tokens"] == 0 for report in reports] == list(map(bool, empty))
+    assert all(report["loss"] == [0.0] * 3 and report["grad_norm"] == 0 for report in reports if report["unsupervised_steps"])
 
 
 def test_under_torchrun(world, whole, tmp_path):

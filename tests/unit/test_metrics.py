@@ -16,6 +16,7 @@ def report(step: int, loss: float = 2.0) -> dict:
         grad_norm=0.5,
         base={},
         skipped_steps=0,
+        unsupervised_steps=0,
         supervised_tokens=100,
         tokens_by_dataset={"a": 60, "b": 40},
         sample_hash="00ff",
