@@ -13,7 +13,7 @@ from spectitan.data.overlap import count_overlap
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
 from spectitan.data.validation import build_validation, check_seq_length
-from spectitan.decoding.acceptance import measure, measure_acceptance
+from spectitan.decoding.acceptance import measure, measure_acceptance, tree_settings
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.decoding.report import table, write_report
@@ -45,6 +45,8 @@ def evaluate_run(config: Config) -> dict:
     speculator = load_speculator_for(config, base)
     tokenizer = load_tokenizer(base_path, base.config.vocab_size)
     prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
+    if prompts:
+        tree_settings(speculator, config.eval, base.config.vocab_size)
     if config.eval.loss_samples and (config.data.val_path or config.data.holdout):
         check_seq_length(config.data, base.config.max_position_embeddings)
     validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)

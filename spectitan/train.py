@@ -23,7 +23,7 @@ from spectitan.data.loader import SAMPLE_BITS, build_loader
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.data.validation import build_validation, check_seq_length
-from spectitan.decoding.acceptance import draft_length, select_prompts
+from spectitan.decoding.acceptance import draft_length, select_prompts, tree_settings
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_gradient_sync
@@ -100,6 +100,7 @@ class Trainer:
             self.prompts = load_prompts(config.eval.prompts, self.tokenizer)
             select_prompts(self.prompts, config.eval, base_config)
             draft_length(self.speculator, config.eval)
+            tree_settings(self.speculator, config.eval, base_config.vocab_size)
         self.identity = self._identity(base_config, base_weights)
         if self.checkpoint:
             check_identity(saved["identity"], self.identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from pathlib import Path
 
@@ -22,7 +23,9 @@ _NOT_ZERO = (
     "optimizer.base_lr",
     "eval.num_prompts",
     "eval.num_draft_tokens",
+    "eval.n_candidates",
 )
+_MAX_LEAVES = 4096  # each is a row of the drafter's head
 
 _FROZEN = "with base.freeze = true, which trains no base; allowed: base.freeze = false"
 
@@ -37,6 +40,7 @@ def check_combinations(config: Config, program: str) -> None:
     name = config.job.run_name
     _require(name in ("", Path(name).name) and name != "..", f"job.run_name = {name!r}; allowed: a name without /")
     _check_data(config)
+    _check_tree(config)
     if program in ("train", "prepare"):
         _require(config.data.path, f"data.path is missing: {program} needs a file or folder of text, or python:stdlib")
         _require(config.base.path, f"base.path is missing: {program} needs a folder with config.json and tokenizer, or spectitan:NAME")
@@ -48,6 +52,18 @@ def check_combinations(config: Config, program: str) -> None:
     if program == "generate":
         prompts = [config.generate.prompt, config.generate.prompt_file]
         _require(sum(map(bool, prompts)) == 1, "generate.prompt and generate.prompt_file: give exactly one of them")
+
+
+def _check_tree(config: Config) -> None:
+    top_k, n_candidates = config.eval.top_k_tokens_per_head, config.eval.n_candidates
+    given, leaves = f"eval.n_candidates = {n_candidates}", math.prod(top_k)
+    _require(top_k or n_candidates == -1, f"{given} without eval.top_k_tokens_per_head; allowed: with it, or -1")
+    _require(
+        leaves <= _MAX_LEAVES, f"eval.top_k_tokens_per_head = {top_k} makes {leaves} candidates to choose from; allowed: up to {_MAX_LEAVES}"
+    )
+    _require(
+        not top_k or n_candidates <= leaves, f"{given}; allowed: -1, or 1 to the {leaves} that eval.top_k_tokens_per_head = {top_k} makes"
+    )
 
 
 def _check_data(config: Config) -> None:

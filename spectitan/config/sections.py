@@ -182,6 +182,10 @@ class Eval:
     speed_prompts: int = key(20, "prompts, of those, on which speed is measured; -1: all", minimum=-1)
     loss_samples: int = key(64, "held-out samples for loss and accuracy per head; 0: none", minimum=0)
     num_draft_tokens: int = key(-1, "tokens drafted in a round; -1: as many as the speculator was trained for", minimum=-1)
+    top_k_tokens_per_head: list[int] = key(
+        [], "measure a tree of candidates too: likeliest tokens that each draft step continues with; empty: the chain alone", minimum=1
+    )
+    n_candidates: int = key(-1, "chains of that tree that are verified, the likeliest; -1: 5, or all if they are fewer", minimum=-1)
 
 
 @dataclass

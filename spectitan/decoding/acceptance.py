@@ -6,6 +6,7 @@ as vLLM counts: every round is verified in full, whatever the end of the text (e
 that the prefill gives is no round. A product of teacher-forced accuracies is not tau.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,6 +18,7 @@ from spectitan.decoding.generation import EosId, Generation, check_prompts
 from spectitan.decoding.plain import generate_plain
 from spectitan.decoding.sampling import Sampling
 from spectitan.decoding.speculative import generate_speculative
+from spectitan.decoding.tree import generate_tree
 from spectitan.errors import UserError
 from spectitan.models.llama import LlamaConfig
 from spectitan.speculators.base import Speculator
@@ -44,23 +46,26 @@ def measure(
 
     Returns:
         What summarize_acceptance and measure_speed return; identical: greedy texts are equal on all prompts, up to and including
-        eos (None when sampled); first_difference: None, or where and by what top-2 margin; and the settings it all hangs on.
+        eos (None when sampled); first_difference: None, or where and by what top-2 margin; and the settings it all hangs on. With
+        eval.top_k_tokens_per_head the same figures of a tree of candidates stand under "tree", those of the chain beside it.
 
     Raises:
-        UserError: no prompts, one that does not fit the base's context, or eval.num_draft_tokens out of range.
+        UserError: no prompts, one that does not fit the base's context, or drafts that the speculator cannot make.
     """
     prompts = select_prompts(prompts, config, base.config)
-    plain, speculative = decoders(base, speculator, config, eos_id, seed)
-    texts, accepted = decode_all(speculative, prompts, config.batch_size)
-    difference = None
-    if config.temperature == 0:
-        difference = first_difference(base, prompts, decode_all(plain, prompts, config.batch_size)[0], texts)
+    plain, *drafting = decoders(base, speculator, config, eos_id, seed)
+    plain_texts = decode_all(plain, prompts, config.batch_size)[0] if config.temperature == 0 else None
+    reports = []
+    for decode in drafting:
+        texts, accepted = decode_all(decode, prompts, config.batch_size)
+        difference = None if plain_texts is None else first_difference(base, prompts, plain_texts, texts)
+        identical = {"identical": None if plain_texts is None else difference is None, "first_difference": difference}
+        reports.append(summarize_acceptance(accepted, draft_length(speculator, config)) | identical)
+    speeds = measure_speed(plain, drafting, prompts[: config.speed_prompts if config.speed_prompts > 0 else None])
+    chain, *trees = (report | speed for report, speed in zip(reports, speeds))
     prompt_lengths = [len(prompt) for prompt in prompts]
-    return {
-        **summarize_acceptance(accepted, draft_length(speculator, config)),
-        **measure_speed(plain, speculative, prompts[: config.speed_prompts if config.speed_prompts > 0 else None]),
-        "identical": difference is None if config.temperature == 0 else None,
-        "first_difference": difference,
+    report = {
+        **chain,
         "overlap": overlap,
         "prompt_tokens": {"min": min(prompt_lengths), "mean": sum(prompt_lengths) / len(prompts), "max": max(prompt_lengths)},
         "max_new_tokens": config.max_new_tokens,
@@ -73,14 +78,17 @@ def measure(
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
+    if trees:
+        report["tree"] = trees[0] | tree_settings(speculator, config, base.config.vocab_size)
+    return report
 
 
 def measure_acceptance(
     base: nn.Module, speculator: Speculator, prompts: Prompts, config: Eval, *, eos_id: EosId, seed: int = 0
 ) -> dict:
-    """Acceptance alone, as training reports it between steps. Arguments, errors and result: see `measure`."""
-    _, speculative = decoders(base, speculator, config, eos_id, seed)
-    _, accepted = decode_all(speculative, select_prompts(prompts, config, base.config), config.batch_size)
+    """Acceptance of the chain alone, as training reports it between steps. Arguments, errors and result: see `measure`."""
+    _, chain, *_ = decoders(base, speculator, config, eos_id, seed)
+    _, accepted = decode_all(chain, select_prompts(prompts, config, base.config), config.batch_size)
     return summarize_acceptance(accepted, draft_length(speculator, config))
 
 
@@ -103,14 +111,35 @@ def draft_length(speculator: Speculator, config: Eval) -> int:
     return config.num_draft_tokens
 
 
+def tree_settings(speculator: Speculator, config: Eval, vocab_size: int) -> dict:
+    """The two arguments of generate_tree, or {} without eval.top_k_tokens_per_head.
+
+    Raises:
+        UserError: the speculator cannot draft that tree.
+    """
+    top_k, k = config.top_k_tokens_per_head, draft_length(speculator, config)
+    if not top_k:
+        return {}
+    given = f"eval.top_k_tokens_per_head = {top_k}"
+    if not speculator.drafts_trees:
+        raise UserError(f"{given}; allowed: an empty list: this speculator drafts one chain only")
+    if len(top_k) != k:
+        raise UserError(f"{given} has {len(top_k)} numbers; allowed: {k}, one for each drafted token")
+    if max(top_k) > vocab_size:
+        raise UserError(f"{given}; allowed: numbers up to the {vocab_size} tokens of the vocabulary")
+    n_candidates = min(5, math.prod(top_k)) if config.n_candidates == -1 else config.n_candidates
+    return {"top_k_tokens_per_head": top_k, "n_candidates": n_candidates}
+
+
 Decoder = Callable[..., Generation]  # (prompts, row_keys=...) -> Generation
 
 
-def decoders(base: nn.Module, speculator: Speculator, config: Eval, eos_id: EosId, seed: int) -> tuple[Decoder, Decoder]:
-    """Plain and speculative decoding with the same settings."""
+def decoders(base: nn.Module, speculator: Speculator, config: Eval, eos_id: EosId, seed: int) -> list[Decoder]:
+    """Plain decoding, the speculator's chain and, if eval.top_k_tokens_per_head asks for it, its tree, all with the same settings."""
     settings = {"max_new_tokens": config.max_new_tokens, "sampling": Sampling(config.temperature, seed=seed), "eos_id": eos_id}
-    speculative = partial(generate_speculative, base, speculator, num_draft_tokens=draft_length(speculator, config), **settings)
-    return partial(generate_plain, base, **settings), speculative
+    chain = partial(generate_speculative, base, speculator, num_draft_tokens=draft_length(speculator, config), **settings)
+    tree = tree_settings(speculator, config, base.config.vocab_size)
+    return [partial(generate_plain, base, **settings), chain] + ([partial(generate_tree, base, speculator, **tree, **settings)] if tree else [])
 
 
 def decode_all(decode: Decoder, prompts: Prompts, batch_size: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -148,37 +177,43 @@ def summarize_acceptance(accepted: list[list[int]], k: int) -> dict:
     }
 
 
-def measure_speed(plain: Decoder, speculative: Decoder, prompts: Prompts) -> dict:
-    """Wall-clock speed at batch 1, plain and speculative alternating prompt by prompt after one warm-up of each.
+def measure_speed(plain: Decoder, drafting: Sequence[Decoder], prompts: Prompts) -> list[dict]:
+    """Wall-clock speed at batch 1 of each of `drafting`; all alternate with plain prompt by prompt after one warm-up of each.
 
     Returns:
-        plain_tokens_per_second, speculative_tokens_per_second: new tokens over the time of whole generations, prefill included
-        on both sides. speedup: their ratio (the ratio of times, where the texts are equal).
+        For each: plain_tokens_per_second, speculative_tokens_per_second: new tokens over the time of whole generations, prefill
+        included on both sides. speedup: their ratio (the ratio of times, where the texts are equal).
         round_cost: time of a draft-verify round over that of a plain token, prefill excluded on both sides; None if there was
         no round. speedup is acceptance_length / round_cost, but for the prefill and for what the texts' ends cut off.
         speed_prompts: how many prompts; speed_batch_size: 1.
     """
-    for decode in (plain, speculative):
+    every = (plain, *drafting)
+    for decode in every:
         decode(prompts[:1])
-    runs: tuple[list[Generation], list[Generation]] = ([], [])
+    runs: list[list[Generation]] = [[] for _ in every]
     for key, prompt in enumerate(prompts):
-        for decode, generations in zip((plain, speculative), runs):
+        for decode, generations in zip(every, runs):
             generations.append(decode([prompt], row_keys=[key]))
+    return [speed_beside(runs[0], generations) for generations in runs[1:]]
 
+
+def speed_beside(plain: list[Generation], speculative: list[Generation]) -> dict:
+    """The figures of measure_speed, from generations of one row each."""
+    runs = plain, speculative
     tokens, seconds, after_prefill = ([sum(map(figure, generations)) for generations in runs] for figure in (
         lambda generation: len(generation.tokens[0]),
         lambda generation: generation.seconds,
         lambda generation: generation.seconds - generation.prefill_seconds,
     ))  # fmt: skip
     plain_speed, speculative_speed = (n / time for n, time in zip(tokens, seconds))
-    passes = tokens[0] - len(prompts), sum(len(generation.accepted[0]) for generation in runs[1])
+    passes = tokens[0] - len(plain), sum(len(generation.accepted[0]) for generation in speculative)
     round_cost = (after_prefill[1] / passes[1]) / (after_prefill[0] / passes[0]) if all(passes) else None
     return {
         "plain_tokens_per_second": plain_speed,
         "speculative_tokens_per_second": speculative_speed,
         "speedup": speculative_speed / plain_speed,
         "round_cost": round_cost,
-        "speed_prompts": len(prompts),
+        "speed_prompts": len(plain),
         "speed_batch_size": 1,
         "prefill_timed": True,
     }

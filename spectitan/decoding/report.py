@@ -23,7 +23,7 @@ def write_report(report: dict, folder: str | os.PathLike) -> Path:
 
 
 def table(report: dict) -> str:
-    """The report as lines of text: figures, then what happens at each drafted position."""
+    """The report as lines of text: figures, then what happens at each drafted position; then the same of a tree of candidates."""
     lines = [f"{name:<31}{value}" for name, value in _rows(report)]
     if "acceptance_by_position" in report:
         positions = "".join(f"{i + 1:>8}" for i in range(len(report["acceptance_by_position"])))
@@ -31,6 +31,9 @@ def table(report: dict) -> str:
         for name in ("acceptance_by_position", "conditional_acceptance", "heldout_accuracy", "heldout_loss"):
             if name in report:
                 lines.append(f"{name:<25}" + "".join("       -" if value is None else f"{value:>8.3f}" for value in report[name]))
+    if "tree" in report:
+        tree = report["tree"]
+        lines += ["", f"tree of candidates, top_k_tokens_per_head = {tree['top_k_tokens_per_head']}:", table(tree)]
     return "\n".join(lines)
 
 
@@ -39,6 +42,8 @@ def _rows(report: dict) -> list[tuple[str, str]]:
     units = {"speedup": "x", "round_cost": "plain tokens"}
     rows = []
     for name, value in report.items():
+        if name == "tree":
+            continue
         if isinstance(value, float):
             value = f"{value:.3f}"
         elif isinstance(value, dict):

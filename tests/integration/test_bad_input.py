@@ -67,6 +67,7 @@ def refused(world, run, capsys):
         ("--data.seq_length=65", ["data.seq_length = 65", "64"]),
         ("--parallelism.sharding_strategy=ddp", ["parallelism.sharding_strategy", "ddp", "fsdp"]),
         ("--eval.num_draft_tokens=4", ["eval.num_draft_tokens = 4", "3"]),
+        ("--eval.top_k_tokens_per_head=2,1", ["eval.top_k_tokens_per_head = [2, 1]", "3"]),
         ("--eval.prompts=nowhere.jsonl", ["nowhere.jsonl"]),
         ("--eval.num_prompts=0", ["eval.num_prompts"]),
         ("--base.path=nowhere", ["base.path", "nowhere", "no such folder"]),

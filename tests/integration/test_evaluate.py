@@ -84,6 +84,16 @@ def test_evaluate_writes_the_report(folders, tmp_path, capsys):
     assert math.isclose(report["base_bits_per_byte"], nats / math.log(2) / num_bytes, rel_tol=0.08)
 
 
+def test_evaluate_measures_a_tree_beside_the_chain(folders, tmp_path, capsys):
+    tree = ["--eval.top_k_tokens_per_head=3,2,1", "--eval.n_candidates=4", "--eval.loss_samples=0"]
+    assert evaluate.main(arguments(folders, tmp_path / "run", *tree)) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = report["tree"]
+    assert found["identical"] is True and (found["top_k_tokens_per_head"], found["n_candidates"]) == ([3, 2, 1], 4)
+    assert found["sequences"] == 4 and len(found["acceptance_by_position"]) == 3 and found["speculative_tokens_per_second"] > 0
+    assert "tree of candidates" in capsys.readouterr().out
+
+
 def load(folders):
     from spectitan.models.registry import get_model
 
@@ -107,6 +117,11 @@ def test_evaluate_the_base_alone(folders, tmp_path):
         (["--eval.prompts=nowhere.jsonl"], "nowhere.jsonl"),
         (["--eval.num_draft_tokens=4"], "eval.num_draft_tokens = 4; allowed: -1, or 1 to the 3 steps"),
         (["--speculator.path=/nowhere"], "no such folder"),
+        (["--eval.top_k_tokens_per_head=2,2"], "eval.top_k_tokens_per_head = [2, 2] has 2 numbers; allowed: 3"),
+        (["--eval.top_k_tokens_per_head=2,0,1"], "each at least 1"),
+        (["--eval.top_k_tokens_per_head=2,2,1", "--eval.n_candidates=5"], "eval.n_candidates = 5; allowed: -1, or 1 to the 4"),
+        (["--eval.top_k_tokens_per_head=99,99,99"], "970299 candidates to choose from; allowed: up to 4096"),
+        (["--eval.n_candidates=3"], "eval.n_candidates = 3 without eval.top_k_tokens_per_head"),
     ],
 )
 def test_evaluate_refuses_in_one_line(folders, tmp_path, capsys, changes, words):

@@ -16,6 +16,7 @@ from spectitan.decoding.plain import generate_plain
 from spectitan.decoding.report import acceptance_picture, table, write_report
 from spectitan.decoding.sampling import Sampling
 from spectitan.decoding.speculative import generate_speculative
+from spectitan.decoding.tree import generate_tree
 from spectitan.errors import UserError
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.speculators.next_token import NextToken
@@ -160,6 +161,33 @@ def test_report_of_measure(trained, prompts, tmp_path):
     assert f"{report['acceptance_length']:.3f}" in table(report)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_tree_is_reported_beside_the_chain(trained, prompts, tmp_path, temperature):
+    base, drafter = trained
+    config = Eval(max_new_tokens=24, batch_size=4, speed_prompts=2, num_prompts=9, temperature=temperature)
+    alone = measure(base, drafter, prompts, config, eos_id=3, seed=5)
+    config.top_k_tokens_per_head = [2, 2, 1]
+    report = measure(base, drafter, prompts, config, eos_id=3, seed=5)
+    tree = report["tree"]
+    assert report.keys() - alone.keys() == {"tree"} and alone.keys() <= report.keys()
+    timed = {"plain_tokens_per_second", "speculative_tokens_per_second", "speedup", "round_cost"}
+    assert all(report[name] == alone[name] for name in alone.keys() - timed)
+    assert (tree["top_k_tokens_per_head"], tree["n_candidates"]) == ([2, 2, 1], 4)  # all, as they are fewer than 5
+    assert tree["identical"] is report["identical"] is (True if temperature == 0 else None)
+    generation = generate_tree(base, drafter, prompts[:9], 24, [2, 2, 1], 4, sampling=Sampling(temperature, seed=5), eos_id=3)
+    expected = summarize_acceptance(generation.accepted, 3)
+    assert {name: tree[name] for name in expected} == expected != {name: report[name] for name in expected}
+    assert math.isclose(tree["speedup"], tree["speculative_tokens_per_second"] / tree["plain_tokens_per_second"])
+    assert tree["round_cost"] > 0.3 and timed <= tree.keys()
+
+    assert json.loads(write_report(report, tmp_path).read_text()) == report
+    lines = table(report).splitlines()
+    assert [f"{report[name]['acceptance_length'] if name else report['acceptance_length']:.3f}" for name in ("", "tree")] == [
+        line.split()[1] for line in lines if line.startswith("acceptance_length ")
+    ]
+    assert sum(line.startswith("conditional_acceptance") for line in lines) == 2 and "[2, 2, 1]" in table(report)
+
+
 def test_one_draft_token_and_sampling_in_measure(trained, prompts):
     base, drafter = trained
     report = measure(base, drafter, prompts, Eval(temperature=0.9, num_draft_tokens=1, num_prompts=4, max_new_tokens=9), eos_id=3, seed=8)
@@ -189,11 +217,23 @@ def test_first_difference_is_named_with_its_margin(trained):
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"num_draft_tokens": 4}, "eval.num_draft_tokens = 4; allowed: -1, or 1 to the 3 steps"), ({"prompts": "x"}, "at least one")],
+    [
+        ({"num_draft_tokens": 4}, "eval.num_draft_tokens = 4; allowed: -1, or 1 to the 3 steps"),
+        ({"prompts": "x"}, "at least one"),
+        ({"top_k_tokens_per_head": [2, 2]}, r"eval.top_k_tokens_per_head = \[2, 2\] has 2 numbers; allowed: 3"),
+        ({"top_k_tokens_per_head": [2, 2, 2], "num_draft_tokens": 2}, "has 3 numbers; allowed: 2"),
+        ({"top_k_tokens_per_head": [1, 62, 1]}, "up to the 61 tokens"),
+    ],
 )
 def test_settings_that_cannot_be(trained, changes, words):
     with pytest.raises(UserError, match=words):
         measure(*trained, [] if "prompts" in changes else [[1]], Eval(**changes), eos_id=None)
+
+
+def test_a_tree_of_a_drafter_of_chains_is_refused(trained):
+    base, _ = trained
+    with pytest.raises(UserError, match="one chain only"):
+        measure(base, OracleDrafter([[1]], 2), [[1]], Eval(top_k_tokens_per_head=[2, 2]), eos_id=None)
 
 
 def test_heldout_loss_is_the_plain_mean(trained):
