@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +68,12 @@ def _shard(
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other way to a factor of 1
 
 
-class _OneRankReduction(ReduceScatter):
-    """What is summed over one rank is the sum: both get the same memory, where FSDP would copy one into the other."""
+class _OneRankReduction:
+    """What is summed over one rank is the sum: both get the same memory, where FSDP would copy one into the other.
+
+    For `set_custom_reduce_scatter`, which asks for memory by `allocate`. The reduction itself is never called on one rank: there
+    FSDP copies input to output (torch 2.11 to 2.13), which is nothing where they are the same tensor.
+    """
 
     def __init__(self):
         self.input: Tensor | None = None
@@ -83,9 +86,6 @@ class _OneRankReduction(ReduceScatter):
         output, self.input = self.input, None
         assert output.numel() == math.prod(size) and output.dtype == dtype, f"{output.shape} {output.dtype} for {size} {dtype}"
         return output
-
-    def __call__(self, output_tensor, input_tensor, group, op, async_op=False) -> None:
-        assert output_tensor is input_tensor
 
 
 def shard_trained(
