@@ -51,7 +51,7 @@ from spectitan.training.identity import check_identity, run_identity, warn_of_ot
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rate, step_if_finite
 from spectitan.training.reporter import Reporter
-from spectitan.training.run_folder import begin_run_folder, check_can_be_moved, check_can_be_written
+from spectitan.training.run_folder import RunFolder, check_can_be_moved, check_can_be_written
 from spectitan.training.schedule import learning_rate_multiplier
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One training run. Builds everything in the order of cost, so that mistakes show before expensive work."""
 
-    def __init__(self, config: Config, world: Distributed):
+    def __init__(self, config: Config, world: Distributed, run_folder: RunFolder):
         self.config, self.world, self.device = config, world, world.device
-        self.folder = Path(config.job.dump_folder)
+        self.folder = run_folder.path
         self.compute_dtype = resolve_compute_dtype(config.training.compute_dtype, self.device)
 
         # What is checked without work: the layout of a batch, the base's files, the checkpoint to go on from.
@@ -83,6 +83,7 @@ class Trainer:
         if config.checkpoint.resume == "never":
             sources = {"checkpoint.load_path": config.checkpoint.load_path, "speculator.path": config.speculator.path}
             check_can_be_moved(self.folder, sources)
+        run_folder.lock()
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run
         saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
@@ -125,7 +126,7 @@ class Trainer:
             self.checkpointer.load(self.checkpoint, self._tensors())
             finished = ", the last: this run is finished" if self.step >= self.total_steps else f" of {self.total_steps}"
             logger.info("resumed from %s at step %d%s", self.checkpoint, self.step, finished)
-        begin_run_folder(self.folder, config.to_toml(), config.checkpoint.resume)
+        run_folder.begin(config.to_toml(), config.checkpoint.resume)
         self.metrics = MetricsLogger(
             config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
         )
@@ -324,10 +325,11 @@ def train(config: Config, stop: StopSignal) -> None:
     torch.use_deterministic_algorithms(config.job.deterministic)
     world = init_distributed(config.parallelism.sharding_strategy)
     try:
-        trainer = Trainer(config, world)
-        with contextlib.closing(trainer.metrics):
-            trainer.train(stop)
-        trainer.finish()
+        with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
+            trainer = Trainer(config, world, run_folder)
+            with contextlib.closing(trainer.metrics):
+                trainer.train(stop)
+            trainer.finish()
     finally:
         world.close()
 

@@ -1,8 +1,10 @@
-"""The folder of a run: checked before any work, begun when all that can fail has been done."""
+"""The folder of a run: checked and locked before any work, begun when all that can fail has been done."""
 
+import fcntl
 import logging
 import os
 from pathlib import Path
+from typing import TextIO
 
 from spectitan.distributed import utils
 from spectitan.errors import UserError
@@ -33,14 +35,51 @@ def check_can_be_moved(folder: Path, sources: dict[str, str]) -> None:
             raise UserError(f"{given}: checkpoint.resume = never cannot move that; use another folder")
 
 
-def begin_run_folder(folder: Path, config_toml: str, resume: str) -> None:
-    """Moves the folder of an earlier run aside, if checkpoint.resume is never, and writes config.toml. All ranks call it together."""
-    moved = move_aside(folder) if resume == "never" else None
-    if moved:
-        logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
-    utils.on_main(lambda: _write(folder, config_toml))
+class RunFolder:
+    """The folder of a run, locked against a second trainer. All ranks call every method together; rank 0 holds the lock.
 
+    The lock is on a file in the folder, and the system releases it when the process ends, however it does. It is a record lock,
+    which loader workers do not inherit: they may outlive a killed trainer for a moment.
+    """
 
-def _write(folder: Path, config_toml: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.toml", config_toml)  # the file may be the one that this run was started with
+    def __init__(self, path: Path):
+        self.path = path
+        self._locked: list[TextIO] = []
+
+    def lock(self) -> None:
+        """Locks the folder, if there is one yet.
+
+        Raises:
+            UserError: another process is training in it.
+        """
+        utils.on_main(self._lock)
+
+    def _lock(self) -> None:
+        if not self.path.is_dir():
+            return
+        file = open(self.path / ".lock", "a")
+        self._locked.append(file)  # until the end: closing any file object would release the lock of all of them
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            given = f"job.dump_folder = {str(self.path)!r}"
+            raise UserError(f"{given}: another process is training in it: let it end, or use another folder") from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): start no second run in it", self.path, error)
+
+    def begin(self, config_toml: str, resume: str) -> None:
+        """Moves the folder of an earlier run aside, if checkpoint.resume is never; makes the folder, locks it, writes config.toml."""
+        moved = move_aside(self.path) if resume == "never" else None
+        if moved:
+            logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
+        utils.on_main(lambda: self._begin(config_toml))
+
+    def _begin(self, config_toml: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        write_whole(self.path / "config.toml", config_toml)  # the file may be the one that this run was started with
+
+    def close(self) -> None:
+        """Releases the lock."""
+        for file in self._locked:
+            file.close()

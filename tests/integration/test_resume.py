@@ -160,6 +160,24 @@ def test_a_stop_while_evaluating_leaves_a_run_that_is_evaluated_later(world, who
     assert now["config.toml"][1] == done["config.toml"][1]
 
 
+# ---- two at a time ----
+
+
+def test_a_second_trainer_is_refused_while_the_first_lives(world, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = world.flags(run, **RUN | {"checkpoint__interval": 100})
+    process = processes.start("train", flags, tmp_path / "output", before=partial(processes.slow_steps, 0.3))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 1, process)
+    for change in ({}, {"checkpoint__resume": "never"}):
+        assert train.main(world.flags(run, **RUN | change)) == 2
+        line = capsys.readouterr().err
+        assert f"job.dump_folder = '{run}': another process is training in it" in line and line.count("\n") == 1
+    process.kill()
+    process.join(30)
+    assert train.main(flags) == 0
+    assert_as_uninterrupted(run, whole)
+
+
 # ---- continued, started anew ----
 
 
