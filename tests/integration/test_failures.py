@@ -2,12 +2,14 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from spectitan import evaluate, export, generate, train
@@ -163,3 +165,19 @@ def test_a_learning_rate_that_breaks_the_weights(world, tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is not finite at step" in line and "optimizer.lr" in line
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_gradients_that_overflow_though_losses_are_finite(world, tmp_path, capsys, monkeypatch):
+    clip_grad_norm, norms = train.utils.clip_grad_norm, iter([1, math.nan, 1, 1, math.inf, math.inf, *[math.inf] * 30])
+    monkeypatch.setattr(train.utils, "clip_grad_norm", lambda *args: clip_grad_norm(*args) * next(norms))
+    changes = SHORT | {"metrics__report_interval": 3, "checkpoint__interval": 6, "training__num_steps": 20}
+    # Steps 5 to 14 make ten in a row; the report after step 15 finds eleven. Step 12 has saved how many there were.
+    for _ in range(2):  # a resumed run counts on
+        assert train.main(world.flags(tmp_path / "run", **changes)) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "the last 11 steps were skipped: losses are finite, the gradient norm is not" in line
+        assert [report["step"] for report in tiny.reports(tmp_path / "run")] == [3, 6, 9, 12]
+    assert [report["skipped_steps"] for report in tiny.reports(tmp_path / "run")] == [1, 2, 3, 3]
+    before, after = (read_tensors(tiny.checkpoint(tmp_path / "run", step)) for step in (6, 12))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert after["optimizer.speculator.head.0.weight.step"] == 3
