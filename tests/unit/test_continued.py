@@ -219,7 +219,10 @@ def test_a_sharded_base_is_gathered_once_and_kept_until_the_last_states(base, on
     sharded = build()
     shard_frozen(sharded, [*sharded.layers, sharded.readout], one_rank_mesh, torch.float64)
     register_fsdp_forward_method(sharded.readout, "call")
-    kept = lambda: [not isinstance(parameter, DTensor) for parameter in sharded.parameters()]
+
+    def kept() -> list[bool]:
+        return [not isinstance(parameter, DTensor) for parameter in sharded.parameters()]
+
     source, plain = source_of(sharded), source_of(base)
     for step in range(2):
         samples = [make_batch(2, 31, first=6 * step + 2 * i) for i in range(3)]
