@@ -66,7 +66,7 @@ class Linear(nn.Linear):
         rows = x.numel() // self.in_features
         if not (1 < rows <= _FEW_ROWS and x.device.type == "cpu") or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.mm(self.weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
+        y = torch.mm(self.weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1).contiguous()  # attention's kernels want it so
         return y if self.bias is None else y + self.bias
 
 
@@ -116,12 +116,14 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.write(layer, keys, values, slots)
         causal = mask is None and seq > 1
+        if seq == 1:  # heads that share keys are rows of one head: the keys are read once for all of them
+            queries = queries.reshape(batch, keys.shape[1], -1, self.head_dim)
         grouped = queries.shape[1] != keys.shape[1]
         if grouped and mask is not None and x.is_cuda:  # there, no kernel that takes a mask shares heads: all scores would be stored
             keys, values = (heads.repeat_interleave(queries.shape[1] // heads.shape[1], 1) for heads in (keys, values))
             grouped = False
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, seq, -1))
+        return self.o_proj(attended.reshape(batch, -1, seq, self.head_dim).transpose(1, 2).reshape(batch, seq, -1))
 
 
 class GatedMLP(nn.Module):
