@@ -86,10 +86,10 @@ class ContinuedStates:
         return TokenBatch(
             tokens=tokens,
             loss_mask=usable[:, None] & self.is_new,
-            document_ids=torch.arange(len(keys))[:, None].expand(tokens.shape),
+            document_ids=torch.arange(len(keys))[:, None].repeat(1, tokens.shape[1]),
             index=keys,
             sample_ids=batch.sample_ids.repeat_interleave(self.prompts),
-            state_mask=self.is_start.expand(tokens.shape),
+            state_mask=self.is_start.repeat(len(keys), 1),
         )
 
     def states(self, batch: TokenBatch) -> BaseStates:
