@@ -211,25 +211,24 @@ def _read_tensors(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor
     repeats = {name: first_name[id(tensor)] for name, tensor in expected.items() if first_name[id(tensor)] != name}
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items() if name not in repeats}
 
-    pickled = (folder / PICKLE).is_file() and not (folder / SINGLE).is_file() and not (folder / INDEX).is_file()
-    where = folder / next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), PICKLE)
-    stored, files = {}, {}
-    if pickled:
-        stored = read_pickled(where)
-        found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    else:
-        located = list_tensors(folder)
-        files = {file for file, _ in located.values()}
-        found = {name: shape for name, (_, shape) in located.items()}
-    bare = {name.removeprefix(_PREFIX): shape for name, shape in found.items()}
-    if len(bare) < len(found):
+    where, found = _stored_tensors(folder)
+    stored = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+    if len(stored) < len(found):
         raise UserError(f"{where}: tensors with and without the prefix {_PREFIX!r}; allowed: all names one way")
-    check_tensors(where, bare, shapes, set(repeats))
-    for file in sorted(files):
-        with open_tensors(file) as tensors:
-            stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}
-    stored = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items() if name.removeprefix(_PREFIX) in expected}
+    check_tensors(where, {name: tuple(tensor.shape) for name, tensor in stored.items()}, shapes, set(repeats))
     for name, original in repeats.items():
         if name in stored and not torch.equal(stored[name], stored[original]):
             raise UserError(f"{where}: {name} differs from {original}; config.json says that they are one weight")
-    return stored
+    return {name: stored[name] for name in expected if name in stored}
+
+
+def _stored_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that holds or lists a folder's weights, and all tensors as they are named there, memory-mapped."""
+    where = next((folder / name for name in (SINGLE, INDEX, PICKLE) if (folder / name).is_file()), folder / SINGLE)
+    if where.name == PICKLE:
+        return where, read_pickled(where)
+    stored = {}
+    for file in sorted({file for file, _ in list_tensors(folder).values()}):
+        with open_tensors(file) as tensors:
+            stored |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+    return where, stored

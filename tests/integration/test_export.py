@@ -94,6 +94,29 @@ def test_by_config_file(tmp_path, base, capsys):
     assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())["base_model_name_or_path"] == "org/base-1b"
 
 
+def test_formats_and_what_is_said_of_them(tmp_path, base, capsys):
+    """From one format to the other, by the program; the command carries the base's name, and the folder no path of this machine."""
+    checkpoint, speculator = run_of_speculator(tmp_path)
+    source, arguments = checkpoint, ["--base.path", str(tmp_path / "base")]
+    for format, command in (
+        ("arctic", 'ARCTIC_INFERENCE_ENABLED=1 vllm serve {} --speculative-config \'{{"method": "arctic", "model": "{}", '),
+        ("verl", ""),
+        ("mlp_speculator", 'VLLM_USE_V1=0 vllm serve {} --speculative-config \'{{"model": "{}", '),
+    ):
+        target = tmp_path / format
+        assert main(["--speculator.path", str(source), "--export.path", str(target), "--export.format", format, *arguments]) == 0
+        printed = capsys.readouterr().out
+        readme = (target / "README.md").read_text()
+        assert command.format("base", target) in printed and command.format("base", ".") in readme
+        assert ("vllm serve" in printed) == ("vllm serve" in readme) == bool(command)
+        written = b"".join(file.read_bytes() for file in target.iterdir())
+        assert str(tmp_path).encode() not in written and same(target, speculator)
+        source = target
+    name = ["--export.base_name", "/models/base", "--export.format", "arctic", "--export.path", str(tmp_path / "named")]
+    assert main(["--speculator.path", str(source), *arguments, *name]) == 0
+    assert "vllm serve /models/base" in (tmp_path / "named" / "README.md").read_text()
+
+
 def test_a_trained_base_in_hugging_face_layout(tmp_path, base, capsys):
     trained = EmbedLLaMA(CONFIG)
     trained.init_weights(torch.Generator().manual_seed(5))

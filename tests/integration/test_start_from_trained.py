@@ -201,3 +201,22 @@ def test_a_run_goes_on_with_another_base_only_if_it_is_allowed(world, source, tm
     assert "base.identity was" in refused(line) and "base.allow_other" in refused(line)
     assert train.main([*line, "--base.allow_other"]) == 0
     assert read_state(checkpoint(tmp_path / "run", 3))["identity"]["base.identity"] == fingerprint(world.root / "base2")
+
+
+def test_a_speculator_trained_with_its_base_belongs_to_that_one(world, tmp_path, refused):
+    """Not to the base that the run started from."""
+    joint = {"base__freeze": "false", "training__num_steps": 2}
+    assert train.main(world.flags(tmp_path / "joint", **QUICK, **joint)) == 0
+    folder = exported(tmp_path / "joint", tmp_path / "draft", "arctic")
+    trained = exported(tmp_path / "joint", tmp_path / "trained", "hf")
+    shutil.copy(world.root / "base" / "tokenizer.json", trained)
+    prompt = ["--generate.prompt=def", "--generate.max_new_tokens=2"]
+    assert generate.main([f"--speculator.path={tmp_path / 'joint'}", *prompt]) == 0  # both from the checkpoint
+    assert generate.main([f"--speculator.path={folder}", f"--base.path={trained}", *prompt]) == 0
+    for path in (folder, tmp_path / "joint"):
+        assert (
+            train.main(flags(world, tmp_path / f"from_{path.name}", speculator__path=path, base__path=trained, training__num_steps=1)) == 0
+        )
+        line = refused(flags(world, tmp_path / "run", speculator__path=path, training__num_steps=1))
+        assert "trained for another base" in line, line
+    assert_same_training(tmp_path / "from_draft", tmp_path / "from_joint", 1)
