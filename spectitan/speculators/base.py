@@ -51,9 +51,14 @@ def align_targets(batch: TokenBatch, steps: int, lookahead: int = 1, keep: Tenso
     return Targets(teacher[order], state[order], step[order], torch.bincount(step, minlength=steps))
 
 
+def last_index(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of [batch, m, ...], the last real row of each sequence, the first where counts is 0: rows[last_index(counts)]."""
+    return torch.arange(len(counts), device=counts.device), (counts - 1).clamp_min(0)
+
+
 def last_row(rows: Tensor, counts: Tensor) -> Tensor:
-    """[batch, m, ...] -> [batch, ...]: the last real row of each sequence, the first where counts is 0."""
-    return rows[torch.arange(len(rows), device=rows.device), (counts - 1).clamp_min(0)]
+    """[batch, m, ...] -> [batch, ...]: see `last_index`."""
+    return rows[last_index(counts)]
 
 
 def collect_loss(total: Tensor, row_stats: Tensor, targets: Targets, rows: int) -> Loss:

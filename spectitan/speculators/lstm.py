@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
-from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, entry, levels
+from spectitan.models.layers import Linear
+from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, by_step, chain, levels
 from spectitan.speculators.recurrent_folders import arctic_config, read_arctic, single_width
 
 GATES = ("forget", "input", "output", "cell")  # their order in the rows of `proj` and the columns of `emb`, as servers fuse them
@@ -42,15 +43,17 @@ class LstmSpeculator(RecurrentSpeculator):
         self.emb = nn.ModuleList([chain(embedding, *levels(self.emb_dim, lookups))])
         inputs = [self.hidden_size, state_width][: self.steps]
         self.proj = nn.ModuleList(
-            chain(nn.Linear(size, gates * self.proj_dim[0], bias=False), *levels(self.proj_dim, gates)) for size in inputs
+            chain(Linear(size, gates * self.proj_dim[0], bias=False), *levels(self.proj_dim, gates)) for size in inputs
         )
         self.cell_ln, self.state_ln = ShiftedRMSNorm(self.width), ShiftedRMSNorm(self.width)
         self.inner = nn.Sequential(*self.inner_levels())
-        self.head = nn.ModuleList([nn.Linear(state_width, self.vocab_size, bias=False)])
+        self.head = nn.ModuleList([Linear(state_width, self.vocab_size, bias=False)])
+        self.embs, self.projs, self.heads = (by_step(modules, self.steps) for modules in (self.emb, self.proj, self.head))
 
     def advance(self, step: int, state: State, embedded: Tensor) -> State:
-        projected, embedded = (x.unflatten(-1, (-1, self.width)) for x in (entry(self.proj, step)(state.hidden), embedded))
-        gates = torch.add(projected, embedded, alpha=self.alpha)  # tied, one embedding is added to all four
+        by_gate = *embedded.shape[:-1], -1, self.width
+        projected = self.projs[step](state.hidden).view(by_gate)
+        gates = torch.add(projected, embedded.view(by_gate), alpha=self.alpha)  # tied, one embedding is added to all four
         forget, input, output = gates[..., :3, :].sigmoid().unbind(-2)
         cell = F.gelu(self.cell_ln(gates[..., 3, :])) * input
         if state.cell is not None:
@@ -58,7 +61,7 @@ class LstmSpeculator(RecurrentSpeculator):
         return State(self.inner(F.gelu(self.state_ln(cell)) * output), cell)
 
     def modules_of_step(self, step: int) -> list[nn.Module]:
-        return [self.emb[0], entry(self.proj, step), self.inner]
+        return [self.embs[step], self.projs[step], self.inner]
 
     def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
         """Arctic's layout, one tensor a gate, which ArcticInference fuses again. VERL's repeats what is shared, under each name."""

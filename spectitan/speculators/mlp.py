@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
-from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, entry, levels
+from spectitan.models.layers import Linear
+from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, by_step, chain, levels
 from spectitan.speculators.recurrent_folders import arctic_config, ibm_config, read_arctic, read_ibm
 
 
@@ -35,16 +36,19 @@ class MlpSpeculator(RecurrentSpeculator):
         distinct, state_width = 1 if self.tied else self.steps, self.inner_dim[-1]
         self.emb = nn.ModuleList(chain(nn.Embedding(self.vocab_size, self.emb_dim[0]), *levels(self.emb_dim)) for _ in range(distinct))
         inputs = [self.hidden_size] + [state_width] * ((2 if self.tied else self.steps) - 1)
-        self.proj = nn.ModuleList(chain(nn.Linear(size, self.proj_dim[0], bias=False), *levels(self.proj_dim)) for size in inputs)
+        self.proj = nn.ModuleList(chain(Linear(size, self.proj_dim[0], bias=False), *levels(self.proj_dim)) for size in inputs)
         self.ln = nn.ModuleList(chain(*self.inner_levels(), ShiftedRMSNorm(state_width)) for _ in range(distinct))
-        self.head = nn.ModuleList(nn.Linear(state_width, self.vocab_size, bias=False) for _ in range(distinct))
+        self.head = nn.ModuleList(Linear(state_width, self.vocab_size, bias=False) for _ in range(distinct))
+        self.embs, self.projs, self.lns, self.heads = (
+            by_step(modules, self.steps) for modules in (self.emb, self.proj, self.ln, self.head)
+        )
 
     def advance(self, step: int, state: State, embedded: Tensor) -> State:
-        total = torch.add(entry(self.proj, step)(state.hidden), embedded, alpha=self.alpha)
-        return State(F.gelu(entry(self.ln, step)(total)))
+        total = torch.add(self.projs[step](state.hidden), embedded, alpha=self.alpha)
+        return State(F.gelu(self.lns[step](total)))
 
     def modules_of_step(self, step: int) -> list[nn.Module]:
-        return [entry(self.emb, step), entry(self.proj, step), entry(self.ln, step)]
+        return [self.embs[step], self.projs[step], self.lns[step]]
 
     def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
         """IBM's layout, also ArcticInference's own, repeats what steps share: not all readers tie it. VERL's has parts as chains."""

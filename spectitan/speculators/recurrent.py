@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
-from spectitan.models.layers import assign, draw_normal
+from spectitan.models.layers import Linear, assign, draw_normal
 from spectitan.models.readout import Readout
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
-from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_row
+from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
 NORM_EPS = 1e-6
@@ -57,8 +57,12 @@ class ShiftedRMSNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(groups * width)), nn.Parameter(torch.zeros(groups * width))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x if self.groups == 1 else x.unflatten(-1, (self.groups, -1))
-        return torch.addcmul(self.bias, F.rms_norm(parts, parts.shape[-1:], eps=NORM_EPS).view_as(x), self.weight)
+        if self.groups == 1:
+            normed = F.rms_norm(x, self.weight.shape, eps=NORM_EPS)
+        else:
+            parts = x.unflatten(-1, (self.groups, -1))
+            normed = F.rms_norm(parts, parts.shape[-1:], eps=NORM_EPS).flatten(-2)
+        return torch.addcmul(self.bias, normed, self.weight)
 
 
 class GroupedLinear(nn.Linear):
@@ -78,7 +82,7 @@ def levels(widths: list[int], groups: int = 1) -> list[nn.Module]:
     """From the first width to the last: norm, GELU and a linear map for each level after the first."""
     modules = []
     for width_in, width_out in itertools.pairwise(widths):
-        linear = nn.Linear(width_in, width_out, bias=False) if groups == 1 else GroupedLinear(width_in, width_out, groups)
+        linear = Linear(width_in, width_out, bias=False) if groups == 1 else GroupedLinear(width_in, width_out, groups)
         modules += [ShiftedRMSNorm(width_in, groups), nn.GELU(), linear]
     return modules
 
@@ -88,15 +92,15 @@ def chain(*modules: nn.Module) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
-def entry(modules: nn.ModuleList, step: int) -> nn.Module:
-    """The module of a step; steps past the end share the last one."""
-    return modules[min(step, len(modules) - 1)]
+def by_step(modules: nn.ModuleList, steps: int) -> tuple[nn.Module, ...]:
+    """The module of each step; those past the end share the last one. A tuple: at each use, nn.ModuleList costs as much as an addition."""
+    return tuple(modules[min(step, len(modules) - 1)] for step in range(steps))
 
 
 class RecurrentSpeculator(Speculator):
     """Step i adds token i's embedding to the projected state, makes the next state of the sum, and head i scores it.
 
-    A subclass makes `emb`, `proj` and `head`, lists whose last entry serves all later steps, and says how a state advances.
+    A subclass makes its modules, lists whose last entry serves all later steps, and says how a state advances.
 
     Args:
         config: its keys.
@@ -133,7 +137,7 @@ class RecurrentSpeculator(Speculator):
 
     def inner_levels(self) -> list[nn.Module]:
         """From the width of the sum through those of inner_dim."""
-        first = [] if self.inner_dim[0] == self.width else [nn.Linear(self.width, self.inner_dim[0], bias=False)]
+        first = [] if self.inner_dim[0] == self.width else [Linear(self.width, self.inner_dim[0], bias=False)]
         return first + levels(self.inner_dim)
 
     def advance(self, step: int, state: State, embedded: Tensor) -> State:
@@ -164,7 +168,7 @@ class RecurrentSpeculator(Speculator):
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """States of all steps on known tokens: [rows, hidden], int64 [steps, rows] -> [steps, rows, inner_dim]."""
         # One lookup of a shared embedding, not one a step: its dense gradient is then made once.
-        embedded = self.emb[0](tokens) if self.tied else [emb(row) for emb, row in zip(self.emb, tokens)]
+        embedded = self.embs[0](tokens) if self.tied else [emb(row) for emb, row in zip(self.embs, tokens)]
         state, outputs = self.first_state(hidden), []
         for step in range(self.steps):
             state = self.advance(step, state, embedded[step])
@@ -203,17 +207,18 @@ class RecurrentSpeculator(Speculator):
         """The fused loss of one distinct head on its rows."""
         teacher = None if self.loss == "ce" else Teacher(final.detach(), readout.head.weight.detach(), teacher_rows)
         return fused_linear_loss(
-            hidden, self.head[step].weight, row_weights, loss=self.loss, targets=target_tokens, teacher=teacher, chunk_rows=self.chunk_rows
+            hidden, self.heads[step].weight, row_weights, loss=self.loss, targets=target_tokens, teacher=teacher, chunk_rows=self.chunk_rows
         )
 
     def draft(self, cache: None, tokens: Tensor, states: BaseStates, counts: Tensor, readout: Readout, k: int, pick: Pick) -> Draft:
         """A chain of k <= steps tokens a row; the state is rebuilt from the last verified one, so nothing is cached."""
         assert k <= self.steps, f"{k} draft tokens from {self.steps} heads"
-        token, state = last_row(tokens, counts), self.first_state(last_row(states.final, counts))
+        last = last_index(counts)
+        token, state = tokens[last], self.first_state(states.final[last])
         drafted, probabilities = [], []
         for step in range(k):
-            state = self.advance(step, state, entry(self.emb, step)(token))
-            token, probability = pick(entry(self.head, step)(state.hidden), step)
+            state = self.advance(step, state, self.embs[step](token))
+            token, probability = pick(self.heads[step](state.hidden), step)
             drafted.append(token)
             probabilities.append(probability)
         greedy = probabilities[0] is None
@@ -230,12 +235,12 @@ class RecurrentSpeculator(Speculator):
         n_candidates: int,
     ) -> Draft:
         """Of all chains that the heads' likeliest tokens make, the n_candidates with the largest probability (fms-extras)."""
-        batch = len(tokens)
-        token, state = last_row(tokens, counts), self.first_state(last_row(states.final, counts))
+        batch, last = len(tokens), last_index(counts)
+        token, state = tokens[last], self.first_state(states.final[last])
         chains, scores = token.new_empty(batch, 1, 0), states.final.new_zeros(batch, 1)  # scores: log-probabilities of the chains
         for step, k in enumerate(top_k_tokens_per_head):
-            state = self.advance(step, state, entry(self.emb, step)(token))
-            logits = entry(self.head, step)(state.hidden)
+            state = self.advance(step, state, self.embs[step](token))
+            logits = self.heads[step](state.hidden)
             best, children = logits.topk(k)
             scores = (scores.view(-1, 1) + best - logits.logsumexp(-1, keepdim=True)).view(batch, -1)
             chains = torch.cat([chains.repeat_interleave(k, 1), children.view(batch, -1, 1)], 2)
@@ -248,8 +253,8 @@ class RecurrentSpeculator(Speculator):
         # A row with a target at a later step goes through all steps before it.
         rows = [max(targets_per_step[step:]) for step in range(self.steps)]
         unrolled = 6 * sum(count * _matrix_elements(self.modules_of_step(step)) for step, count in enumerate(rows))
-        first_inputs = 2 * rows[0] * next(self.proj[0].parameters()).numel()
-        heads = 6 * sum(targets_per_step) * self.head[0].weight.numel()
+        first_inputs = 2 * rows[0] * next(self.projs[0].parameters()).numel()
+        heads = 6 * sum(targets_per_step) * self.heads[0].weight.numel()
         teacher = 0 if self.loss == "ce" else 2 * max(targets_per_step) * self.hidden_size * self.vocab_size
         return unrolled - first_inputs + heads + teacher
 
