@@ -10,7 +10,7 @@ from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.layers import Linear
-from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, by_step, chain, levels
+from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, each_step, levels
 from spectitan.speculators.recurrent_folders import arctic_config, read_arctic, single_width
 
 GATES = ("forget", "input", "output", "cell")  # their order in the rows of `proj` and the columns of `emb`, as servers fuse them
@@ -48,12 +48,13 @@ class LstmSpeculator(RecurrentSpeculator):
         self.cell_ln, self.state_ln = ShiftedRMSNorm(self.width), ShiftedRMSNorm(self.width)
         self.inner = nn.Sequential(*self.inner_levels())
         self.head = nn.ModuleList([Linear(state_width, self.vocab_size, bias=False)])
-        self.embs, self.projs, self.heads = (by_step(modules, self.steps) for modules in (self.emb, self.proj, self.head))
+        self.embs, self.projs, self.heads = (each_step(modules, self.steps) for modules in (self.emb, self.proj, self.head))
 
     def advance(self, step: int, state: State, embedded: Tensor) -> State:
-        by_gate = *embedded.shape[:-1], -1, self.width
-        projected = self.projs[step](state.hidden).view(by_gate)
-        gates = torch.add(projected, embedded.view(by_gate), alpha=self.alpha)  # tied, one embedding is added to all four
+        rows = embedded.shape[:-1]
+        projected = self.projs[step](state.hidden).view(*rows, len(GATES), self.width)
+        embedded = embedded.view(*rows, 1 if self.tied_embs else len(GATES), self.width)  # tied, one is added to all four
+        gates = torch.add(projected, embedded, alpha=self.alpha)
         forget, input, output = gates[..., :3, :].sigmoid().unbind(-2)
         cell = F.gelu(self.cell_ln(gates[..., 3, :])) * input
         if state.cell is not None:

@@ -11,7 +11,7 @@ from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.layers import Linear
-from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, by_step, chain, levels
+from spectitan.speculators.recurrent import RecurrentConfig, RecurrentSpeculator, ShiftedRMSNorm, State, chain, each_step, levels
 from spectitan.speculators.recurrent_folders import arctic_config, ibm_config, read_arctic, read_ibm
 
 
@@ -40,7 +40,7 @@ class MlpSpeculator(RecurrentSpeculator):
         self.ln = nn.ModuleList(chain(*self.inner_levels(), ShiftedRMSNorm(state_width)) for _ in range(distinct))
         self.head = nn.ModuleList(Linear(state_width, self.vocab_size, bias=False) for _ in range(distinct))
         self.embs, self.projs, self.lns, self.heads = (
-            by_step(modules, self.steps) for modules in (self.emb, self.proj, self.ln, self.head)
+            each_step(modules, self.steps) for modules in (self.emb, self.proj, self.ln, self.head)
         )
 
     def advance(self, step: int, state: State, embedded: Tensor) -> State:

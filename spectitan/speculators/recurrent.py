@@ -73,9 +73,9 @@ class GroupedLinear(nn.Linear):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.reshape(-1, self.groups, self.in_features).transpose(0, 1)
+        parts = x.reshape(x.shape[:-1].numel(), self.groups, self.in_features).transpose(0, 1)
         weight = self.weight.unflatten(0, (self.groups, -1))
-        return torch.bmm(parts, weight.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return torch.bmm(parts, weight.mT).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 def levels(widths: list[int], groups: int = 1) -> list[nn.Module]:
@@ -92,7 +92,7 @@ def chain(*modules: nn.Module) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
-def by_step(modules: nn.ModuleList, steps: int) -> tuple[nn.Module, ...]:
+def each_step(modules: nn.ModuleList, steps: int) -> tuple[nn.Module, ...]:
     """The module of each step; those past the end share the last one. A tuple: at each use, nn.ModuleList costs as much as an addition."""
     return tuple(modules[min(step, len(modules) - 1)] for step in range(steps))
 
