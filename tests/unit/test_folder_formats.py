@@ -18,7 +18,7 @@ from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import SPECULATORS, build_speculator
 from spectitan.speculators.serving import choose_format, describe_folder, load_speculator, write_folder
 from spectitan.types import BaseStates
-from tests.unit.test_recurrent import greedy
+from tests.unit.test_recurrent import FIXTURES, greedy
 from tests.unit.test_serving import BASE_CONFIG
 
 HIDDEN, VOCAB, WIDTH = 11, 29, 7
@@ -289,6 +289,38 @@ def test_widths_as_other_systems_write_them(tmp_path, base_path):
     write_folder(levels, tmp_path / "draft", "verl", base_path)
     change_config(tmp_path / "draft", emb_dim=[5, 7], proj_dim="[3, 4, 7]")
     assert same_weights(tmp_path / "draft", levels)
+
+
+@pytest.mark.parametrize("case", ["lstm_tied_embs", "lstm_untied_embs", "rnn_levels_tied", "rnn_levels_untied"])
+def test_arctic_trainings_own_folder_gives_its_own_logits(case, tmp_path):
+    """Weights under the names of its module, the config.json that it writes; no code of ours made them."""
+    fixture = {name.removeprefix(f"{case}."): tensor for name, tensor in load_file(FIXTURES / "arctic_speculator.safetensors").items()}
+    weights = {name.removeprefix("weights."): tensor.clone() for name, tensor in fixture.items() if name.startswith("weights.")}
+    width, is_lstm = ("13", True) if case.startswith("lstm") else ("13.13", False)
+    config = {
+        "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+        "base_model_name_or_path": "org/base",
+        "input_hidden_dim": 19,
+        **dict.fromkeys(("inner_dim", "proj_dim", "emb_dim"), width),
+        "model_type": "mlp_speculator",
+        "n_candidates": 3,
+        "n_predict": 3,
+        "scale_input": "untied" not in case,
+        "tie_weights": not case.endswith("levels_untied"),
+        "tie_lstm_embs": case == "lstm_tied_embs",
+        "top_k_tokens_per_head": [1, 1, 1],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 29,
+        "method": "sum_lstm" if is_lstm else "sum_rnn",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    speculator = load_speculator(tmp_path, SimpleNamespace(hidden_size=19, vocab_size=29))
+    after = torch.stack([fixture["inds"][:, step : step + 5].flatten() for step in range(3)])
+    with torch.no_grad():
+        states = speculator.unroll(fixture["state"].flatten(0, 1), after)
+        logits = torch.stack([speculator.head[min(step, len(speculator.head) - 1)](states[step]) for step in range(3)])
+    torch.testing.assert_close(logits.view(3, 2, 5, 29), fixture["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_arctic_trainings_mlp_folder(tmp_path, base_path):
