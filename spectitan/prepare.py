@@ -5,6 +5,7 @@ python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenize
 python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
 """
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -193,7 +194,9 @@ def _marked(ids: list[int], supervised: list[bool], tokenizer: Tokenizer, colour
     runs = [0] + [i for i in range(1, len(ids)) if supervised[i] != supervised[i - 1]] + [len(ids)]
     for start, stop in zip(runs, runs[1:]):
         before, after = marks.get((supervised[start], colour), ("", ""))
-        run = decoder.push(ids[start:stop]) + decoder.finish()
+        run = ""
+        for is_special, group in itertools.groupby(ids[start:stop], tokenizer.specials.__contains__):
+            run += "".join(map(tokenizer.specials.get, group)) if is_special else decoder.push(group) + decoder.finish()
         text += before + "".join(map(_visible, run)) + after
     return text
 

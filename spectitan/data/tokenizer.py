@@ -34,6 +34,7 @@ class Tokenizer(ABC):
         eos_id: the end of a text; None if there is none.
         fingerprint: hash of the files that decide ids of text; caches of token ids are keyed by it.
         chat_template: of the same folder; None if there is none.
+        specials: text of the tokens that `decode` leaves out, by id.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     fingerprint: str
     chat_template: ChatTemplate | None = None
+    specials: dict[int, str] = {}  # noqa: RUF012
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without bos_id and eos_id."""
@@ -80,6 +82,7 @@ class JsonTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.specials = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         settings = _read_json(path.parent / "tokenizer_config.json")
         self.bos_id = self._first_id(settings)
         self.eos_id = self._end_id(settings, path.parent)
@@ -135,6 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
         bos, eos = self._backend.bos_id(), self._backend.eos_id()
         self.bos_id = bos if bos >= 0 and settings.get("add_bos_token", True) else None
         self.eos_id = eos if eos >= 0 else None
+        self.specials = {i: self._backend.id_to_piece(i) for i in (bos, eos) if i >= 0}
         self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -142,7 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
         """As transformers does for such models: what is between bos and eos is tokenised part by part."""
-        specials = {self._backend.id_to_piece(i): i for i in (self._backend.bos_id(), self._backend.eos_id()) if i >= 0}
+        specials = {text: i for i, text in self.specials.items()}
         ids, starts, place = [], [], 0
         for part in re.split("(" + "|".join(map(re.escape, specials)) + ")", text) if specials else [text]:
             if part in specials:
@@ -186,6 +190,7 @@ class TiktokenTokenizer(Tokenizer):
         specials = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
         self._backend = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
         self._first_special = len(ranks)
+        self.specials = {i: text for text, i in specials.items()}
         self.vocab_size = len(ranks) + LLAMA3_NUM_SPECIALS
         self.bos_id = specials["<|begin_of_text|>"]
         self.eos_id = specials["<|end_of_text|>"]

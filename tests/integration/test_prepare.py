@@ -14,6 +14,7 @@ from spectitan.data.documents import HELD_OUT, TRAINING, Found, find_datasets, r
 from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer, train_bpe
 from spectitan.prepare import main, show_sample
+from tests.unit.chat_fixtures import CHATS, TEMPLATES, chat_folder, template
 from tests.unit.data_fixtures import ByteTokenizer, make_data, text, tokenizer_folder, write_texts
 
 
@@ -73,6 +74,16 @@ def test_an_example_shows_what_is_supervised(tmp_path):
     assert plain in (f"{header}\n{first}\n{second}", f"{header}\n{second}\n{first}")
     coloured = show_sample(batch, tokenizer, ["name"], colour=True)
     assert "O\x1b[32mne\\x1b[2J\x1b[0m" in coloured and "T\x1b[32mwo größe\x1b[0m" in coloured
+
+
+def test_an_example_shows_special_tokens(tmp_path):
+    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", template("ChatML", False), TEMPLATES["ChatML"][1]))
+    write_texts(tmp_path / "text", {"a.jsonl": json.dumps({"messages": CHATS[1]})})
+    batch = next(build_loader(make_data(tmp_path, seq_length=90), tokenizer, seed=0, global_batch_size=1, micro_batch_size=1))
+    shown = show_sample(batch, tokenizer, ["name"], colour=False)
+    turns = ["[[<|im_start|>user\n日本語?<|im_end|>\n<|im_start|>assistant\n]]return self 😀<|im_end|>"]
+    turns.append("[[\n<|im_start|>user\n  naïve\n<|im_end|>\n<|im_start|>assistant\n]]count\n    return x<|im_end|>[[\n]]")
+    assert shown.endswith("tokens\n" + "".join(turns))
 
 
 def test_the_example_is_printed(folder, capsys):
