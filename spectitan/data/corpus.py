@@ -194,7 +194,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 
 def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
-    found, num_bytes = Found(), 0
+    found, num_bytes, frame = Found(), 0, len(tokenizer.document([]))
     writer = ShardWriter(folder, tokenizer.vocab_size)
     title = f"tokenising {dataset.name}" + (f" ({part})" if part == HELD_OUT else "")
     try:
@@ -203,7 +203,7 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
             with closing(encoded(documents, tokenizer, data.tokenizer_threads)) as results:
                 for document, result in results:
                     progress.update(document.bytes_read)
-                    reason = _why_dropped(document, result, tokenizer, windows)
+                    reason = _why_dropped(document, result, frame, windows)
                     if reason:
                         found.dropped[reason] += 1
                         continue
@@ -219,10 +219,11 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
         writer.close()
 
 
-def _why_dropped(document: Document, result: Encoded, tokenizer: Tokenizer, windows: PromptWindows) -> str | None:
+def _why_dropped(document: Document, result: Encoded, frame: int, windows: PromptWindows) -> str | None:
+    """`frame`: how many tokens are put around a text."""
     ids, mask = result
     if isinstance(document.content, str):
-        length = len(ids) - len(tokenizer.document([]))
+        length = len(ids) - frame
         if length < 2:
             return "one token" if length else "empty"
     elif not mask[1:].any():

@@ -66,14 +66,17 @@ def _length(document: Document) -> int:
 def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[Encoded]:
     contents = [document.content for document in chunk]
     if len(contents) > 1 and all(isinstance(content, str) for content in contents):
-        return [_framed(np.array(ids, np.uint32), tokenizer) for ids in tokenizer.encode_batch(contents)]
+        begin, end = _frame(tokenizer)
+        return [Encoded(np.concatenate([begin, np.array(ids, np.uint32), end])) for ids in tokenizer.encode_batch(contents)]
     return [encode(content, tokenizer) for content in contents]
 
 
 def encode(content: str | tuple, tokenizer: Tokenizer) -> Encoded:
     """One content, as `rendered` gives it. A prompt and its response are tokenised apart, as they are when a server answers."""
     if isinstance(content, str):  # perhaps a long text: only one piece of it is held as Python's integers
-        return _framed(np.concatenate([_ids(piece, tokenizer) for piece in _pieces(content)]), tokenizer)
+        begin, end = _frame(tokenizer)
+        pieces = [np.array(tokenizer.encode_batch([piece])[0], np.uint32) for piece in _pieces(content)]
+        return Encoded(np.concatenate([begin, *pieces, end]))
     if isinstance(content, Ids):
         return _masked(content.prompt, np.zeros(len(content.prompt), bool), content.response)
     if isinstance(content, Rendered):
@@ -98,14 +101,10 @@ def _masked(prompt: np.ndarray | list[int], mask: np.ndarray, response: np.ndarr
     return Encoded(ids, np.concatenate([mask, np.ones(len(response), bool)]))
 
 
-def _framed(ids: np.ndarray, tokenizer: Tokenizer) -> Encoded:
-    """A text with what begins and ends a document."""
+def _frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """What begins and what ends a text."""
     begin, end = np.split(np.array(tokenizer.document([]), np.uint32), [len(tokenizer.prompt([]))])
-    return Encoded(np.concatenate([begin, ids, end]))
-
-
-def _ids(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    return np.array(tokenizer.encode_batch([text])[0], np.uint32)
+    return begin, end
 
 
 def _pieces(text: str) -> list[str]:

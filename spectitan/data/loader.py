@@ -36,10 +36,13 @@ class MicroBatches(Dataset):
 def collate(datasets: list[PackedDataset | None], places: list[Place], index: range, seq_length: int) -> TokenBatch:
     """The samples at `places` as a batch; document ids are made unique in it."""
     tokens, documents = np.empty((2, len(places), seq_length), np.int64)
-    mask = np.empty((len(places), seq_length), bool)
+    mask = np.ones((len(places), seq_length), bool)
     for row, place in enumerate(places):
-        datasets[place.dataset].read_into(place.sample, tokens[row], documents[row], mask[row])
-    documents += np.where(documents >= 0, np.arange(len(places))[:, None] * seq_length, 0)
+        dataset = datasets[place.dataset]
+        dataset.read_into(place.sample, tokens[row], documents[row], mask[row] if dataset.masked else None)
+    is_token = documents >= 0
+    mask &= is_token
+    documents += np.where(is_token, np.arange(len(places))[:, None] * seq_length, 0)
     sample_ids = [(place.dataset << SAMPLE_BITS) + place.sample for place in places]
     rows = (tokens, mask, documents, np.array(index, np.int64), np.array(sample_ids, np.int64))
     return TokenBatch(*map(torch.from_numpy, rows))

@@ -18,17 +18,20 @@ class PackedDataset:
     def __len__(self) -> int:
         return -(-self._shards.num_tokens // self._seq_length)
 
-    def read_into(self, sample: int, tokens: np.ndarray, documents: np.ndarray, mask: np.ndarray) -> None:
-        """Fills three [seq_length] arrays.
+    @property
+    def masked(self) -> bool:
+        """Whether any token is kept from being a target."""
+        return self._shards.masked
+
+    def read_into(self, sample: int, tokens: np.ndarray, documents: np.ndarray, mask: np.ndarray | None) -> None:
+        """Fills [seq_length] arrays.
 
         Args:
             tokens: int64, the ids; 0 in the padding.
             documents: int64, 0, 1, 2, ... for the parts of documents; -1 in the padding.
-            mask: bool, whether the token may be a target; False in the padding.
+            mask: bool, whether the token may be a target; the padding is left as it is. None, if it is not wanted.
         """
         shards = self._shards
-        masked = shards.masked
-        mask[:] = True
         begin = sample * self._seq_length
         end = min(begin + self._seq_length, shards.num_tokens)
         row = int(np.searchsorted(shards.stream, begin, side="right")) - 1
@@ -40,9 +43,8 @@ class PackedDataset:
             filled = slice(position - begin, position - begin + length)
             tokens[filled] = shards.read(offset, offset + length)
             documents[filled] = ordinal
-            if masked:
+            if mask is not None:
                 mask[filled] = shards.read_mask(offset, offset + length)
             position, row, ordinal = position + length, row + 1, ordinal + 1
         tokens[end - begin :] = 0
         documents[end - begin :] = -1
-        mask[end - begin :] = False

@@ -38,6 +38,9 @@ def rendered(documents: Iterable[Document], tokenizer: Tokenizer, data: Data, fo
     """
     template, told = tokenizer.chat_template, False
     for document in documents:
+        if isinstance(document.content, str):
+            yield document
+            continue
         if isinstance(document.content, PromptResponse) and template is None and not told:
             logger.info("data %s: the base has no chat template: responses follow their prompts as they are", name)
             told = True

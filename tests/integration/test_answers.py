@@ -113,7 +113,10 @@ def test_held_out_loss_is_of_answers_only(world, tmp_path):
         ('{"question": "x", "answer": "y"}\n{"question"\n', "answers.jsonl:2: not valid JSON"),
         ('{"input": [1, 2], "output": [291]}\n', "answers.jsonl:1: token id 291; this tokenizer's are 0 .. 290"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "1 no assistant turn in 'messages' (data.messages_key)"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n', "answers.jsonl:1: messages need a chat"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
+            "answers.jsonl:1: messages need a chat",
+        ),
     ],
 )
 @pytest.mark.parametrize("program", [train, prepare])

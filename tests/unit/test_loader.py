@@ -56,6 +56,9 @@ def test_packing_is_the_documents_in_their_order_cut_every_seq_length(folder, se
         tokens, documents = np.full((2, seq_length), 77)
         mask = np.zeros(seq_length, bool)
         packed.read_into(sample, tokens, documents, mask)
+        unmasked = np.zeros_like(tokens), np.zeros_like(documents)
+        packed.read_into(sample, *unmasked, None)
+        assert (unmasked[0] == tokens).all() and (unmasked[1] == documents).all()
         expected = stream[sample * seq_length : (sample + 1) * seq_length]
         owner = owners[sample * seq_length : (sample + 1) * seq_length]
         padding = seq_length - len(expected)

@@ -78,7 +78,7 @@ def _whole_file(path: Path, data: Data, found: Found) -> Iterator[tuple[str, str
 def _table(
     table: Table, path: Path, file: str, data: Data, kinds: list[Kind], part: str | None, found: Found
 ) -> Iterator[tuple[Content, str, int]]:
-    rows = table.rows(path, kinds)
+    rows, names, kind = table.rows(path, kinds), None, None
     while True:
         try:
             row = next(rows)
@@ -96,7 +96,8 @@ def _table(
         name = f"{path}:{row.number}"
         try:
             columns = row.columns()
-            kind = kind_of(columns, kinds)
+            if names != columns.keys():  # mostly they are those of the row before
+                names, kind = columns.keys(), kind_of(columns, kinds)
             content = kind.content(columns, data)
         except SkippedRow as reason:
             found.dropped[str(reason)] += 1
