@@ -15,35 +15,47 @@ from spectitan.trained import Trained, base_fingerprint, check_base, find_traine
 def export_run(config: Config) -> None:
     """Writes what `speculator.path`, or the run of the config file, has trained to `export.path`, and prints how to serve it.
 
+    What was trained together is exported together: `auto` writes the base beside its speculator, to `<export.path>_base`.
+
     Raises:
         UserError: nothing trained, or a format that cannot hold it.
     """
     trained = find_trained(config)
     if trained is None:
         raise UserError(f"job.dump_folder = {config.job.dump_folder!r} has no checkpoint and speculator.path is empty: nothing to export")
-    target = Path(config.export.path or Path(config.job.dump_folder) / "export")
-    format, has_speculator = config.export.format, trained.keys.get("speculator.type") != "none"
+    target, format = Path(config.export.path or Path(config.job.dump_folder) / "export"), config.export.format
+    has_speculator, has_base = trained.keys.get("speculator.type") != "none", not trained.keys.get("base.freeze", True)
     if format == "none":
         raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, arctic, verl, hf')
     if format == "hf" or format == "auto" and not has_speculator:
-        if trained.keys.get("base.freeze", True):
+        if not has_base:
             raise UserError(
                 f'export.format = "hf" writes a trained base, and {trained.path} holds none; allowed: auto, mlp_speculator, arctic, verl'
             )
-        base, base_path = load_base(config, torch.bfloat16)
-        save_hf(base, target, torch.bfloat16, tokenizer_files_from=base_path)
-        print(f"{target}: the base of {trained.path}, in Hugging Face layout")
+        _export_base(config, trained, target)
         return
     _, base_path, base_config = locate_base(config, trained)
     speculator = read_speculator(trained, base_config)
     if speculator is None:
         raise UserError(f'export.format = "{format}": {trained.path} holds a base and no speculator; allowed: auto, hf')
-    format = choose_format(speculator, format)
-    write_folder(speculator, target, format, base_path, config.export.base_name, _fingerprint(config, trained, base_path))
+    base_target, written_base = target.with_name(f"{target.name}_base"), has_base and format == "auto"
+    if written_base:
+        _export_base(config, trained, base_target)
+    format, base_name = choose_format(speculator, format), config.export.base_name
+    if has_base:  # not the one at base.path any more
+        base_name = base_name or base_target.name
+    write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path))
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
-    print("\n".join(serve_notes(format, str(target), name_of_base(base_path, config.export.base_name), speculator.steps)))
-    if not trained.keys.get("base.freeze", True):
+    served = str(base_target) if written_base and not config.export.base_name else name_of_base(base_path, base_name)
+    print("\n".join(serve_notes(format, str(target), served, speculator.steps)))
+    if has_base and not written_base:
         print("- The base was trained with it: --export.format hf writes that one, to be served in place of base.path.")
+
+
+def _export_base(config: Config, trained: Trained, target: Path) -> None:
+    base, base_path = load_base(config, torch.bfloat16)
+    save_hf(base, target, torch.bfloat16, tokenizer_files_from=base_path)
+    print(f"{target}: the base of {trained.path}, in Hugging Face layout")
 
 
 def _fingerprint(config: Config, trained: Trained, base_path: Path) -> str:

@@ -193,7 +193,7 @@ class Export:
     format: str = key(
         "auto",
         "mlp_speculator: IBM's layout; arctic: ArcticInference's; verl: VERL's checkpoints; auto: of these the first that holds the "
-        "speculator (a base alone: hf); hf: the base in Hugging Face layout; none",
+        "speculator (a base alone: hf; one trained with its speculator: hf, in <export.path>_base); hf: the base in Hugging Face layout; none",
         choices=("auto", "mlp_speculator", "arctic", "verl", "hf", "none"),
     )
     path: str = key("", "folder to write; empty: dump_folder/export")

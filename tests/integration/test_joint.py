@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from spectitan import train
+from spectitan import evaluate, export, train
 from spectitan.config.manager import load
 from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.models.llama import EmbedLLaMA
 from spectitan.models.registry import get_model
+from spectitan.models.weights import fingerprint
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.training.checkpoint import read_tensors
 from spectitan.training.schedule import learning_rate_multiplier
@@ -187,5 +189,32 @@ def test_evaluations_are_of_the_base_as_it_is_now(joint):
     assert {"base_heldout_loss", "base_heldout_accuracy", "heldout_loss/head_0", "heldout_loss/head_2"} <= evaluation.keys()
     report = json.loads((joint / "report.json").read_text())
     assert report["step"] == STEPS and report["identical"] is True
-    # Four steps later the base has learned more, and at neither time was it what it began as.
+    # Three steps later the base has learned more, and at neither time was it what it began as.
     assert report["base_heldout_loss"] < evaluation["base_heldout_loss"] < tiny.reports(joint)[0]["base_loss"]
+
+
+def test_what_was_trained_together_is_exported_together(world, joint, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(joint / "export_base", dtype=torch.float32)
+    saved = read_tensors(tiny.checkpoint(joint, STEPS), "base.")
+    torch.testing.assert_close(base.model.norm.weight.data, saved["readout.norm.weight"].bfloat16().float(), rtol=0, atol=0)
+    config = json.loads((joint / "export" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == "export_base" and config["base_fingerprint"] == fingerprint(joint / "export_base")
+
+    # The pair drafts and verifies, and the folder goes with no other base: not with the one that training began with.
+    flags = [*world.flags(tmp_path / "out"), f"--speculator.path={joint / 'export'}"]
+    assert evaluate.main([*flags, f"--base.path={joint / 'export_base'}"]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["identical"] is True
+    capsys.readouterr()
+    assert evaluate.main(flags) == 2
+    assert "the speculator was trained for another base" in capsys.readouterr().err
+
+    again = [f"--speculator.path={joint}", f"--export.path={tmp_path / 'again'}"]
+    assert export.main(again) == 0
+    assert f"vllm serve {tmp_path / 'again_base'} " in capsys.readouterr().out
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again_base" / name).read_bytes() == (joint / "export_base" / name).read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (joint / "export" / "model.safetensors").read_bytes()
+    for format, files in (("hf", "export_base"), ("mlp_speculator", "export")):
+        assert export.main([f"--speculator.path={joint}", f"--export.path={tmp_path / format}", f"--export.format={format}"]) == 0
+        assert (tmp_path / format / "model.safetensors").read_bytes() == (joint / files / "model.safetensors").read_bytes()
+        assert not (tmp_path / f"{format}_base").exists()
