@@ -2,8 +2,11 @@
 
 The base chooses its own token after every node, as plain decoding would there: greedily, or at the random number of that
 place in the text. The longest path of drafted tokens that are those choices is kept. The text is therefore that of
-generate_plain, sampled as well as greedy, whatever was drafted. (With candidates that are the drafter's likeliest tokens, not
-draws, there is no ratio of probabilities to accept by: the base's draw is among them or it is not.)
+generate_plain whatever was drafted, sampled as well as greedy (but for a draw on the very edge between two tokens, where
+the rounding of a larger product decides). Candidates are the drafter's likeliest tokens, not draws: there is no ratio of
+probabilities to accept by. When sampling, a chain with that rule is accepted more often than a tree without it.
+
+Candidates are merged, and paths followed, on the host: a round waits for the device twice, that of a chain once.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from spectitan.types import BaseStates
 class Tree:
     """The candidates of one row, merged where they begin alike. Node 0 is the last token of the text.
 
-    Nodes of a candidate that shares nothing with those before it follow one another: the first one is in place already.
+    Nodes come in the order of the candidates: those of the first one, the likeliest, are where a chain's would be.
 
     Attributes:
         tokens: of each node.
