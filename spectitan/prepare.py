@@ -1,10 +1,12 @@
-"""Tokenises the data ahead of training and shows what was found; makes a tokenizer or evaluation prompts, if asked to.
+"""Tokenises the data ahead of training and shows what was found; makes a tokenizer, evaluation prompts or training data, if asked to.
 
 python -m spectitan.prepare --job.config_file train_configs/quickstart.toml
 python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenizer_vocab_size 4096
 python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
+python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.generate generated/0.jsonl
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -25,11 +27,17 @@ from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_da
 from spectitan.data.loader import SAMPLE_BITS, Loader, build_loader
 from spectitan.data.rendering import rendered, texts_of
 from spectitan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
+from spectitan.distributed.fsdp import resolve_compute_dtype
+from spectitan.distributed.mesh import choose_device
 from spectitan.errors import UserError
 from spectitan.files import write_whole
-from spectitan.models.weights import resolve_base_path
+from spectitan.models.registry import choose_config, get_model
+from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.states.continued import ContinuedStates, prompts_per_sample
+from spectitan.states.generated import write_generated
+from spectitan.states.online import OnlineStates
 from spectitan.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,8 @@ GREEN, END = "\x1b[32m", "\x1b[0m"
 def prepare(config: Config, stop: StopSignal) -> None:
     """The program's work."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if config.job.threads > 0:
+        torch.set_num_threads(config.job.threads)
     base_path = resolve_base_path(config.base.path)
     if config.prepare.tokenizer_vocab_size > 0:
         write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
@@ -52,6 +62,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
     print(f"{loader.samples_per_epoch:,} samples of {config.data.seq_length} tokens in an epoch; shards are in {cache_folder(config.data)}")
     for _ in range(config.prepare.show):
         print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
+    if config.prepare.generate:
+        generate_data(config, tokenizer)
 
 
 def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
@@ -102,6 +114,48 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
         raise UserError(f"prepare.num_prompts = {count}: the held-out text gives {found} only; allowed: at most that")
     write_whole(path, content)
     logger.info("written: %s, %d prompts", path, count)
+
+
+def generate_data(config: Config, tokenizer: Tokenizer) -> None:
+    """Writes `prepare.generate`: what stage 2 of a run with these keys would sample, from sample `prepare.generate_start` on.
+
+    Raises:
+        UserError: lengths that do not fit, samples beyond the last, a file that holds something else.
+    """
+    start, micro_batch_size = config.prepare.generate_start, config.training.micro_batch_size
+    base_config = choose_config(config.base.arch, config.base.variant, config.base.path)
+    global_batch_size = config.training.global_batch_size if config.training.global_batch_size > 0 else micro_batch_size
+    prompts = prompts_per_sample(config.stage2, global_batch_size, config.data.seq_length, base_config.max_position_embeddings, steps=1)
+    loader = build_loader(
+        config.data, tokenizer, seed=config.job.seed, global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size, position=start
+    )
+    samples = loader.samples_per_epoch - start if config.prepare.generate_samples == -1 else config.prepare.generate_samples
+    if samples < 1:
+        raise UserError(f"prepare.generate_start = {start}; allowed: below the {loader.samples_per_epoch} samples of the data")
+    device = choose_device()
+    dtype = resolve_compute_dtype(config.training.compute_dtype, device)
+    sampling = {name: value for name, value in dataclasses.asdict(config.stage2).items() if name not in ("start_step", "batch_size")}
+    settings = {
+        "base": fingerprint(config.base.path),
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "data": loader.fingerprints,
+        "data.weights": config.data.weights,
+        "data.seq_length": config.data.seq_length,
+        "job.seed": config.job.seed,
+        "prepare.generate_start": start,
+        "prepare.generate_samples": samples,
+        "prompts in a sample": prompts,
+        "training.micro_batch_size": micro_batch_size,
+        **{f"stage2.{name}": value for name, value in sampling.items()},
+    }
+
+    def make_source() -> ContinuedStates:
+        base = get_model(config.base.arch, config.base.variant, config.base.path, dtype=dtype).requires_grad_(False).eval().to(device)
+        return ContinuedStates(
+            OnlineStates(base, (), frozen=True), config.stage2, first_sample=0, prompts=prompts, steps=1, seed=config.job.seed
+        )
+
+    write_generated(Path(config.prepare.generate), settings, samples, loader, make_source)
 
 
 def _train_tokenizer(datasets: list[Dataset], data: Data, vocab_size: int) -> str:

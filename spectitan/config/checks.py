@@ -24,6 +24,7 @@ _NOT_ZERO = (
     "eval.num_prompts",
     "eval.num_draft_tokens",
     "eval.n_candidates",
+    "prepare.generate_samples",
 )
 _MAX_LEAVES = 4096  # each is a row of the drafter's head
 
@@ -49,6 +50,10 @@ def check_combinations(config: Config, program: str) -> None:
         _require(given, f"base.path and speculator.path are missing: {program} needs a config file, or these keys")
     if program == "train":
         _check_training(config)
+    if program == "prepare":
+        samples, start = config.prepare.generate_samples, config.prepare.generate_start
+        given = f"prepare.generate_samples = {samples} and prepare.generate_start = {start}"
+        _require(config.prepare.generate or (samples, start) == (-1, 0), f"{given} without prepare.generate; allowed: with it, or -1 and 0")
     if program == "generate":
         prompts = [config.generate.prompt, config.generate.prompt_file]
         _require(sum(map(bool, prompts)) == 1, "generate.prompt and generate.prompt_file: give exactly one of them")
@@ -59,7 +64,8 @@ def _check_tree(config: Config) -> None:
     given, leaves = f"eval.n_candidates = {n_candidates}", math.prod(top_k)
     _require(top_k or n_candidates == -1, f"{given} without eval.top_k_tokens_per_head; allowed: with it, or -1")
     _require(
-        leaves <= _MAX_LEAVES, f"eval.top_k_tokens_per_head = {top_k} makes {leaves} candidates to choose from; allowed: up to {_MAX_LEAVES}"
+        leaves <= _MAX_LEAVES,
+        f"eval.top_k_tokens_per_head = {top_k} makes {leaves} candidates to choose from; allowed: up to {_MAX_LEAVES}",
     )
     _require(
         not top_k or n_candidates <= leaves, f"{given}; allowed: -1, or 1 to the {leaves} that eval.top_k_tokens_per_head = {top_k} makes"

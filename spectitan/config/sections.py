@@ -217,6 +217,13 @@ class Prepare:
         0, "train a byte-level BPE tokenizer of this size on the data and write it into base.path; 0: use the one there", minimum=0
     )
     num_prompts: int = key(0, "cut this many evaluation prompts from the held-out text and write them to eval.prompts; 0: none", minimum=0)
+    generate: str = key(
+        "",
+        "JSONL file to write: prompts cut from the text and what the base samples after them, by the keys of [stage2]; what is there of "
+        "it is continued; empty: none",
+    )
+    generate_samples: int = key(-1, "samples of the text, of data.seq_length tokens, that prompts are cut from; -1: all, once", minimum=-1)
+    generate_start: int = key(0, "place in the order of samples to begin at: so processes write files of their own", minimum=0)
 
 
 @dataclass

@@ -11,20 +11,25 @@ _BAR_WIDTH = 24
 
 
 class Progress:
-    """Shows how much of `total` bytes is done. Used as a context; the end of the block ends the line."""
+    """Shows how much of `total` is done. Used as a context; the end of the block ends the line.
 
-    def __init__(self, title: str, total: int):
-        self._title, self._total = title, max(1, total)
+    Args:
+        total: bytes, or what `unit` says.
+        unit: that numbers are shown in; one is `size` of what is counted.
+    """
+
+    def __init__(self, title: str, total: int, unit: str = "MB", size: float = 1e6):
+        self._title, self._total, self._unit, self._size = title, max(1, total), unit, size
         self._terminal = sys.stderr.isatty()
         self._done, self._start, self._shown = 0, time.monotonic(), 0.0
 
     def __enter__(self) -> "Progress":
         if not self._terminal:
-            logger.info("%s: %.1f MB", self._title, self._total / 1e6)
+            logger.info("%s: %.1f %s", self._title, self._total / self._size, self._unit)
         return self
 
     def update(self, done: int) -> None:
-        """`done` bytes of the total, not an increment."""
+        """`done` of the total, not an increment."""
         self._done = done
         now = time.monotonic()
         if self._terminal and now - self._shown >= _SECONDS_BETWEEN_LINES:
@@ -45,5 +50,5 @@ class Progress:
         rate = self._done / max(seconds, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         bar = "#" * round(share * _BAR_WIDTH)
-        line = f"{self._title} [{bar:<{_BAR_WIDTH}}] {share:4.0%}  {rate / 1e6:.1f} MB/s  {left:.0f} s left"
+        line = f"{self._title} [{bar:<{_BAR_WIDTH}}] {share:4.0%}  {rate / self._size:.1f} {self._unit}/s  {left:.0f} s left"
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)

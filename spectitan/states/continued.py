@@ -78,8 +78,7 @@ class ContinuedStates:
         """The batch itself before stage 2; then [prompts * samples, prompt + new], its tokens on the base's device."""
         if batch.index[0] < self.first_sample:
             return batch
-        keys = (batch.index[:, None] * self.prompts + torch.arange(self.prompts)).flatten()
-        tokens, usable = self._cut(batch, keys)
+        keys, tokens, usable = self.cut(batch)
         new = torch.arange(self.config.seq_length)
         tokens = self._continued(tokens, uniform(self.seed, Stream.CONTINUATION, keys[:, None], new))
         self._awaited += 1
@@ -109,13 +108,14 @@ class ContinuedStates:
         vocab_size, hidden_size = base.config.vocab_size, base.config.hidden_size
         return tokens, sampling + 2 * prompts * new * hidden_size * vocab_size + base.flops(tokens, length)
 
-    def _cut(self, batch: TokenBatch, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts, int64 [samples * prompts, prompt], and whether each is free of padding.
+    def cut(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, int64 [samples * prompts], prompts, int64 [samples * prompts, prompt], and whether each is free of padding.
 
         A sample is divided into as many equal parts as prompts are cut from it, and each prompt is drawn from its part: among
         the windows that lie in one document, where there are any, else among all that have no padding.
         """
         samples, seq_length = batch.tokens.shape
+        keys = (batch.index[:, None] * self.prompts + torch.arange(self.prompts)).flatten()
         part, length = seq_length // self.prompts, self.config.prompt_length
         first = torch.arange(self.prompts)[:, None] * part + torch.arange(part - length + 1)  # [prompts, windows]
         documents, last_documents = batch.document_ids[:, first], batch.document_ids[:, first + length - 1]
@@ -125,7 +125,7 @@ class ContinuedStates:
         window = draw(usable, uniform(self.seed, Stream.PROMPT, keys))
         begin = first.repeat(samples, 1).gather(1, window[:, None])
         rows = torch.arange(samples).repeat_interleave(self.prompts)[:, None]
-        return batch.tokens[rows, begin + torch.arange(length)], usable.any(1)
+        return keys, batch.tokens[rows, begin + torch.arange(length)], usable.any(1)
 
     def _continued(self, prompts: Tensor, quantiles: Tensor) -> Tensor:
         base, config = self.source.base, self.config
