@@ -95,7 +95,8 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
+            keys = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+            return self._template.render(**keys | self._tokens)
         except UserError:
             raise
         except Exception as error:  # a template is a program: it may raise anything
@@ -174,8 +175,8 @@ def _environment():
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, indent=None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json

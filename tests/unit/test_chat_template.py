@@ -19,6 +19,9 @@ from tests.unit.chat_fixtures import CHATS, TEMPLATES, chat_folder, template
 from tests.unit.data_fixtures import make_data
 
 
+ASSISTANT = {"role": "assistant", "content": "x"}
+
+
 def encode_all(contents, tokenizer, tmp_path):
     """Encoded of each content that is not dropped, and what was found."""
     found = Found()
@@ -42,6 +45,20 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path, name, tags):
         assert mask.astype(int).tolist() == expected["assistant_masks"] and 0 < mask.sum() < len(mask)
         said = [message["content"].strip() for message in chat if message["role"] == "assistant"]
         assert ours.decode(ids[mask].tolist()).replace(" ", "") == "".join(said).replace(" ", "")
+
+
+def test_what_templates_may_use_is_what_transformers_gives_them(tmp_path):
+    source = (
+        "{% set ns = namespace(n=0) %}{%- for m in messages -%}\n    {% if m.role == 'tool' %}{% continue %}{% endif %}\n"
+        "    {{- m | tojson(indent=2) }}{{ m.content | tojson(ensure_ascii=True) }}{% set ns.n = ns.n + 1 %}\n{%- endfor %}\n"
+        "{{ ns.n }}{{ tools is none }}{{ documents is none }}{{ eos_token }}{{ nothing }}{{ messages[1:] | length }}\n"
+        "{% if add_generation_prompt %}{{ '\\n' }}go{% endif %}\n"
+    )
+    folder = chat_folder(tmp_path, source, {"eos_token": "</s>"})
+    messages = [{"role": "user", "content": 'größe "<&>"'}, {"role": "tool", "content": "x"}, {"role": "user", "content": "[1]"}]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    assert load_tokenizer(folder).chat_template.conversation([*messages, ASSISTANT]).text != expected
+    assert load_tokenizer(folder).chat_template.conversation(messages).text == expected
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
