@@ -210,7 +210,7 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
                     writer.add(*result)
                     num_bytes += sum(len(text.encode()) for text in texts_of(document.content))
         for name in found.skipped_names:
-            logger.warning("data %s: skipped %s (undecodable)", dataset.name, name)
+            logger.warning("data %s: skipped %s, which cannot be read", dataset.name, name)
         if writer.documents == 0:
             raise EmptyDataset(_why_empty(dataset, data, part, found))
         counts = {"dropped": found.dropped, "noted": found.noted, "kinds": found.kinds, "skipped": found.skipped_names}

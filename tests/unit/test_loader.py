@@ -1,5 +1,6 @@
 """Batches: every token once an epoch, one global order on any number of ranks and workers, resumed from any sample at once."""
 
+import json
 import multiprocessing
 import subprocess
 import time
@@ -79,6 +80,19 @@ def test_masks_are_packed_with_their_ids(tmp_path, seq_length):
     packed = PackedDataset(Shards(tmp_path), seq_length)
     batch = collate([packed], [Place(0, sample) for sample in range(len(packed))], range(len(packed)), seq_length)
     assert torch.equal(batch.loss_mask, (batch.tokens % 2 == 1) & (batch.document_ids >= 0)) and (batch.tokens % 2).any()
+
+
+def test_a_cache_of_before_there_were_masks_supervises_every_token(tmp_path):
+    write_texts(tmp_path / "text", {f"{i}.txt": text(i) for i in range(9)})
+    data = make_data(tmp_path)
+    ((_, shards),) = tokenise_training(data, ByteTokenizer())
+    meta = json.loads((shards.folder / "meta.json").read_text())
+    old = {name: value for name, value in meta.items() if name not in ("supervised", "longest", "kinds", "noted")}
+    (shards.folder / "meta.json").write_text(json.dumps(old))
+    loader = load(data)
+    assert loader.counts[data.path]["supervised"] == meta["tokens"] == meta["supervised"]
+    batch = next(loader)
+    assert torch.equal(batch.loss_mask, batch.document_ids >= 0)
 
 
 def test_batches_are_what_the_trainer_was_promised(folder):
