@@ -159,11 +159,21 @@ def test_a_loss_that_is_not_finite(world, tmp_path, capsys, report_interval):
     assert all(tensor.isfinite().all() for tensor in read_tensors(saved).values())
 
 
-def test_a_learning_rate_that_breaks_the_weights(world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "rates, words",
+    [
+        ({"optimizer__lr": 1e37}, "loss of head 0 is not finite at step"),
+        ({"base__freeze": "false", "optimizer__base_lr": 1e15}, "loss of base is not finite at step"),
+        # So large that norms make 0 of every hidden state: a finite loss, and a gradient of NaN.
+        ({"base__freeze": "false", "optimizer__base_lr": 1e37}, "steps were skipped: losses are finite, the gradient norm is not"),
+    ],
+    ids=["head", "base", "skipped"],
+)
+def test_a_learning_rate_that_breaks_the_weights(world, tmp_path, capsys, rates, words):
     changes = SHORT | {"training__num_steps": 20, "checkpoint__interval": 100, "training__max_grad_norm": 0}
-    assert train.main(world.flags(tmp_path / "run", **changes, optimizer__lr=1e37)) == 2
+    assert train.main(world.flags(tmp_path / "run", **changes, **rates)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "is not finite at step" in line and "optimizer.lr" in line
+    assert words in line and "optimizer.lr" in line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -57,11 +57,11 @@ def of_base(run: Path, step: int) -> dict[str, torch.Tensor]:
     "changes",
     [
         {"training__detach_states": "true"},
-        {"training__detach_states": "true", "objective__loss": "kl_div", "training__speculator_loss_coeff": 0.5},
+        {"speculator__type": "lstm", "objective__loss": "kl_div", "training__speculator_loss_coeff": 0.5},
         {"training__detach_states": "false", "training__speculator_loss_coeff": 0},
         {"training__detach_states": "false", "training__speculator_loss_coeff": 0, "objective__loss": "kl_div"},
     ],
-    ids=["detached", "detached_kl", "coefficient_0", "coefficient_0_kl"],
+    ids=["detached", "detached_lstm_kl", "coefficient_0", "coefficient_0_kl"],
 )
 def test_a_speculator_leaves_the_base_as_it_is_alone_bit_for_bit(world, alone, tmp_path, changes):
     init, folder = alone
