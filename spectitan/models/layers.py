@@ -115,9 +115,10 @@ class Attention(nn.Module):
         queries, keys = rotation.apply(queries), rotation.apply(keys)
         if cache is not None:
             keys, values = cache.write(layer, keys, values, slots)
-        causal = mask is None and seq > 1
-        if seq == 1:  # heads that share keys are rows of one head: the keys are read once for all of them
-            queries = queries.reshape(batch, keys.shape[1], -1, self.head_dim)
+        if seq > 1:
+            causal = mask is None  # a bool, also where the length is traced as a symbol
+        else:  # heads that share keys are rows of one head: the keys are read once for all of them
+            causal, queries = False, queries.reshape(batch, keys.shape[1], -1, self.head_dim)
         grouped = queries.shape[1] != keys.shape[1]
         if grouped and mask is not None and x.is_cuda:  # there, no kernel that takes a mask shares heads: all scores would be stored
             keys, values = (heads.repeat_interleave(queries.shape[1] // heads.shape[1], 1) for heads in (keys, values))

@@ -209,6 +209,19 @@ def test_compiled_layers_decode_eagerly():
     assert len(graphs) == compiled
 
 
+def test_compiled_layers_stay_whole_when_the_length_changes():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, plain = build(), build()
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    for rows, length in ((2, 9), (3, 7), (4, 13)):  # the second time on, sizes are symbols
+        text = random_tokens(rows, length)
+        assert torch.allclose(model(text).final, plain(text).final, atol=1e-12)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.fixture
 def one_rank_mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
