@@ -84,10 +84,11 @@ class ReportSums:
         }
 
     def load(self, state: dict) -> None:
+        """A counter that the checkpoint does not know is new since the version that wrote it, and begins at 0."""
         self.first_step, self.sample_hash = state["first_step"], state["sample_hash"]
-        self.unsupervised_steps = state["unsupervised_steps"]
+        self.unsupervised_steps = state.get("unsupervised_steps", 0)
         self.counts, self.tokens_by_dataset = torch.tensor(state["counts"]), torch.tensor(state["tokens_by_dataset"])
-        self._skipped.fill_(state["skipped"])
-        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        self._skipped.fill_(state.get("skipped", 0))
+        self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         if utils.rank() == 0:  # the other ranks' shares are in it
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))

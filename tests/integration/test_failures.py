@@ -1,7 +1,6 @@
 """What goes wrong with a run's own files, disk and numbers: one line, exit status 2, and what was saved stays."""
 
 import errno
-import json
 import math
 import os
 import pickle
@@ -69,10 +68,7 @@ class Malice:
 def test_metadata_that_would_run_code(world, run, refused, tmp_path, program):
     shutil.copytree(run, tmp_path / "run")
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
-        (folder / ".metadata").write_bytes(pickle.dumps(Malice(tmp_path / "victim")))
-        manifest = json.loads((folder / "manifest.json").read_text())  # whoever sends a checkpoint signs it as well
-        manifest["files"][".metadata"] = checkpoint_module.describe(folder / ".metadata")
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        tiny.put_into(folder, ".metadata", pickle.dumps(Malice(tmp_path / "victim")))
     changes = SHORT if program == "train" else {"speculator__path": tmp_path / "run", "generate__prompt": "def"}
     line = refused(world.flags(tmp_path / "run", **changes), program)
     assert ".metadata" in line and "mkdir" in line and not (tmp_path / "victim").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spectitan import train
+from spectitan.training.checkpoint import read_state
 from tests.integration import processes, tiny
 from tests.integration.processes import wait_for
 
@@ -209,6 +210,18 @@ def test_load_path_starts_from_another_runs_checkpoint(world, whole, tmp_path, l
     assert tiny.contents(whole) == before
     assert train.main(flags) == 0  # its own checkpoint counts now
     assert f"resumed from {tiny.checkpoint(tmp_path / 'run', STEPS)}" in logged.text
+
+
+def test_a_checkpoint_from_before_there_were_counters_of_skipped_steps(world, whole, tmp_path):
+    """Step 8 lies between two reports."""
+    old = Path(shutil.copytree(tiny.checkpoint(whole, 8), tmp_path / "old"))
+    state = read_state(old)
+    for name in ("unsupervised_steps", "skipped", "skipped_in_a_row"):
+        del state["report"][name]
+    tiny.put_into(old, "state.json", json.dumps(state).encode())
+    assert train.main(world.flags(tmp_path / "run", **RUN, checkpoint__load_path=old)) == 0
+    tiny.assert_same_training(tmp_path / "run", whole, STEPS)
+    assert tiny.learned(tmp_path / "run") == tiny.learned(whole)[2:]
 
 
 def test_what_may_change_is_logged(world, whole, tmp_path, logged):

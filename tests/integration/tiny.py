@@ -11,6 +11,7 @@ from spectitan.keyed_random import uniform
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.weights import save_hf
 from spectitan.training.checkpoint import read_state, read_tensors
+from spectitan.training.checkpoint_files import describe
 
 VOCAB, CONTEXT, FILES = 291, 64, 13  # nothing divides by anything
 CONFIG = LlamaConfig(VOCAB, 24, 40, num_layers=2, num_heads=3, max_position_embeddings=CONTEXT, eos_token_id=0, tie_embeddings=True)
@@ -107,6 +108,14 @@ BASE_ALONE = {"speculator__type": "none", "base__init": "random", "base__freeze"
 
 def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+def put_into(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replaces a file of a checkpoint, and what its manifest says of it: whoever writes a checkpoint signs it as well."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = describe(checkpoint / name)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def assert_same_training(left: Path, right: Path, step: int) -> None:
