@@ -18,6 +18,19 @@ def folders_to_write(config: Config) -> dict[str, str]:
     return folders
 
 
+def paths_to_read(config: Config) -> dict[str, str]:
+    """Key -> path, or "", of what a run reads at its start and mostly again at its end."""
+    return {
+        "checkpoint.load_path": config.checkpoint.load_path,
+        "speculator.path": config.speculator.path,
+        "base.path": config.base.path,
+        "data.path": config.data.path,
+        "data.val_path": config.data.val_path,
+        "data.drop_overlap": config.data.drop_overlap,
+        "eval.prompts": config.eval.prompts,
+    }
+
+
 def finish_run(config: Config, checkpoint: Path, step: int, measurable: bool) -> None:
     """Evaluates and exports the last checkpoint. Of one process alone.
 

@@ -30,7 +30,7 @@ from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute
 from spectitan.distributed.mesh import Distributed, init_distributed
 from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
-from spectitan.finishing import finish_run, folders_to_write
+from spectitan.finishing import finish_run, folders_to_write, paths_to_read
 from spectitan.keyed_random import hash_keys
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
@@ -81,8 +81,7 @@ class Trainer:
         for key, path in folders_to_write(config).items():
             check_can_be_written(key, path)
         if config.checkpoint.resume == "never":
-            sources = {"checkpoint.load_path": config.checkpoint.load_path, "speculator.path": config.speculator.path}
-            check_can_be_moved(self.folder, sources)
+            check_can_be_moved(self.folder, paths_to_read(config))
         run_folder.lock()
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run

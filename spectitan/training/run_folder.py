@@ -26,7 +26,7 @@ def check_can_be_moved(folder: Path, sources: dict[str, str]) -> None:
     """What must stay where it is may not lie in the folder that checkpoint.resume = never moves aside.
 
     Args:
-        sources: key -> path, or "", of what the run starts from.
+        sources: key -> path, or "", of what the run reads.
     """
     paths = {"the working folder": Path.cwd()} | {key: Path(path).expanduser() for key, path in sources.items() if path}
     for what, path in paths.items():

@@ -6,9 +6,9 @@ from spectitan.config.manager import load
 from spectitan.config.sections import Data
 from spectitan.data.validation import check_seq_length
 from spectitan.errors import UserError
-from spectitan.finishing import folders_to_write
+from spectitan.finishing import folders_to_write, paths_to_read
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
-from spectitan.training.run_folder import check_can_be_written
+from spectitan.training.run_folder import check_can_be_moved, check_can_be_written
 
 
 def config_of(**changes):
@@ -30,6 +30,23 @@ def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
 def test_folders_that_are_not_written_are_not_checked():
     unused = config_of(job__dump_folder="run", metrics__dir="logs", metrics__loggers="", export__path="out", export__format="none")
     assert folders_to_write(unused) == {"job.dump_folder": "run"}
+
+
+@pytest.mark.parametrize("inside", [".", "sub/file"])
+@pytest.mark.parametrize(
+    "key", ["checkpoint.load_path", "speculator.path", "base.path", "data.path", "data.val_path", "data.drop_overlap", "eval.prompts"]
+)
+def test_what_a_run_reads_is_not_moved_aside(tmp_path, key, inside):
+    run, beside = tmp_path / "run", {"base.path": "spectitan:pystdlib", "data.path": "python:stdlib", "eval.prompts": tmp_path / "runs"}
+    check_can_be_moved(run, paths_to_read(config_of(**beside)))
+    with pytest.raises(UserError, match=f"^job.dump_folder = .*run' holds {key}: checkpoint.resume = never cannot move that"):
+        check_can_be_moved(run, paths_to_read(config_of(**beside | {key: run / inside})))
+
+
+def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds the working folder"):
+        check_can_be_moved(tmp_path, {})
 
 
 def test_samples_longer_than_the_context():
