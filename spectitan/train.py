@@ -53,6 +53,7 @@ from spectitan.training.optimizer import build_optimizer, optimizer_tensors, pea
 from spectitan.training.reporter import Reporter
 from spectitan.training.run_folder import RunFolder, check_can_be_moved, check_can_be_written
 from spectitan.training.schedule import learning_rate_multiplier
+from spectitan.types import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +251,7 @@ class Trainer:
 
     def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
         self.optimizer.zero_grad()
+        denominators = to_device(denominators, self.device)
         for i, (batch, target) in enumerate(zip(batches, targets)):
             set_gradient_sync([self.speculator], enabled=i == len(batches) - 1)
             batch, target = batch.to(self.device), target.to(self.device)

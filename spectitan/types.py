@@ -1,5 +1,6 @@
-"""The records that cross package boundaries. NamedTuples: FSDP2 hooks and torch.compile see the tensors inside."""
+"""The records that cross package boundaries. NamedTuples, but for Targets: FSDP2 hooks and torch.compile see the tensors inside."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,20 +37,24 @@ class BaseStates(NamedTuple):
         return BaseStates(self.final.detach(), tuple(tap.detach() for tap in self.taps))
 
 
-class Targets(NamedTuple):
-    """The N supervised (state row, step) pairs of a batch, sorted by teacher row. Rows count over batch * seq."""
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The N supervised (state row, step) pairs of a batch, sorted by teacher row. Rows count over batch * seq.
+
+    No tuple: on a GPU, FSDP2 moves every tensor that it finds in the tuples given to a forward, and these belong on the host in part.
+    """
 
     teacher: Tensor  # int64 [N]; the base's logits here predict the target; target token = tokens.flatten()[teacher + 1]
     state: Tensor  # int64 [N]; the row whose hidden state the drafter starts from
     step: Tensor  # int64 [N]; 0 .. steps - 1
     counts: Tensor  # int64 [steps]; pairs of each step
     extra: tuple[Tensor, ...] = ()  # a family's own
-    host_teacher: Tensor | None = None  # `teacher` on the host, once `to` has been called: an objective plans its chunks by it
+    host: "Targets | None" = None  # these before `to` moved them: an objective plans by them without waiting for the device
 
     def to(self, device: torch.device) -> "Targets":
         """Moves the rows; the counts stay on the host, where they are summed over ranks."""
-        teacher, state, step = (to_device(tensor, device) for tensor in self[:3])
-        return Targets(teacher, state, step, self.counts, tuple(to_device(tensor, device) for tensor in self.extra), self.teacher)
+        teacher, state, step, *extra = (to_device(tensor, device) for tensor in (self.teacher, self.state, self.step, *self.extra))
+        return Targets(teacher, state, step, self.counts, tuple(extra), host=self)
 
 
 class Loss(NamedTuple):

@@ -107,11 +107,11 @@ class Speculator(nn.Module):
 
     def row_weights(self, targets: Targets, denominators: Tensor) -> Tensor:
         """[N] weight of each pair in the total: step_weight / global count of the step, so that ranks and micro-batches add."""
-        weights = self.step_weight().double() / denominators.clamp_min(1)
+        weights = to_device(self.step_weight().double(), denominators.device) / denominators.clamp_min(1)
         return to_device(weights, targets.step.device)[targets.step]
 
     def forward(self, batch: TokenBatch, states: BaseStates, targets: Targets, denominators: Tensor, readout: Readout) -> Loss:
-        """One micro-batch's share of the loss. `denominators`: int64 [steps], on the CPU, counts over all ranks and micro-batches."""
+        """One micro-batch's share of the loss. `denominators`: int64 [steps], counts over all ranks and micro-batches."""
         raise NotImplementedError
 
     def new_cache(self, batch: int, length: int) -> KVCache | None:

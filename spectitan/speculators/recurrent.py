@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from spectitan.models.layers import Linear, assign, draw_normal
 from spectitan.models.readout import Readout
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index
-from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
+from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch, to_device
 
 NORM_EPS = 1e-6
 MAX_HEADS = 64
@@ -159,7 +159,7 @@ class RecurrentSpeculator(Speculator):
     def align(self, batch: TokenBatch) -> Targets:
         """The pairs, and as `extra` the distinct state rows [R] and each pair's place among them [N]."""
         targets = align_targets(batch, self.steps)
-        return targets._replace(extra=tuple(torch.unique(targets.state, return_inverse=True)))
+        return replace(targets, extra=tuple(torch.unique(targets.state, return_inverse=True)))
 
     def first_state(self, hidden: Tensor) -> State:
         """[rows, hidden] of the base -> the state that step 0 starts from."""
@@ -186,13 +186,14 @@ class RecurrentSpeculator(Speculator):
         target_tokens = text[targets.teacher + 1]
 
         def loss_of_heads(readout: Readout, hidden: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+            host, counts = targets.host or targets, targets.counts.tolist()
             if self.tied:
-                teacher_rows = targets.teacher if targets.host_teacher is None else targets.host_teacher
-                return self._loss_of_head(0, hidden, row_weights, target_tokens, teacher_rows, final, readout)
-            by_step = torch.argsort(targets.step, stable=True)  # rows of a step stay ascending in the teacher's
+                return self._loss_of_head(0, hidden, row_weights, target_tokens, host.teacher, final, readout)
+            host_order = torch.argsort(host.step, stable=True)  # rows of a step stay ascending in the teacher's
+            by_step = to_device(host_order, hidden.device)
             parts = [
-                self._loss_of_head(step, hidden[pairs], row_weights[pairs], target_tokens[pairs], targets.teacher[pairs], final, readout)
-                for step, pairs in enumerate(by_step.split(targets.counts.tolist()))
+                self._loss_of_head(step, hidden[pairs], row_weights[pairs], target_tokens[pairs], host.teacher[host_pairs], final, readout)
+                for step, (pairs, host_pairs) in enumerate(zip(by_step.split(counts), host_order.split(counts)))
             ]
             row_stats = torch.cat([stats for _, stats in parts])
             return torch.stack([total for total, _ in parts]).sum(), torch.empty_like(row_stats).index_copy_(0, by_step, row_stats)

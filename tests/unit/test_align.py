@@ -55,7 +55,7 @@ def test_pairs_are_those_of_the_loop(batch_size, length, steps, lookahead):
         expected = pairs_by_loop(batch, steps, lookahead)
         assert as_pairs(targets) == expected
         assert targets.counts.tolist() == [sum(pair[2] == k for pair in expected) for k in range(steps)]
-        assert all(tensor.dtype == torch.int64 for tensor in targets[:4])
+        assert all(tensor.dtype == torch.int64 for tensor in (targets.teacher, targets.state, targets.step, targets.counts))
 
 
 def test_a_familys_own_choice_of_pairs():
@@ -88,11 +88,11 @@ def test_every_target_of_full_text_is_used_once_a_step():
     assert bool((targets.teacher.diff() >= 0).all())
 
 
-def test_targets_keep_their_teacher_rows_on_the_host():
+def test_targets_stay_on_the_host_beside_those_on_the_device():
     batch = TokenBatch(
         torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64), *torch.zeros(2, 1, dtype=torch.int64)
     )
     targets = align_targets(batch, steps=2)
     moved = targets.to(torch.device("meta"))
-    assert moved.host_teacher is targets.teacher and moved.counts is targets.counts
+    assert moved.host is targets and moved.counts is targets.counts
     assert moved.teacher.device.type == moved.state.device.type == moved.step.device.type == "meta"

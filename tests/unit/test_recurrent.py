@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -234,6 +235,22 @@ def test_a_batch_without_targets_has_no_loss_and_zero_gradients(keys, loss):
     assert result.total.item() == 0
     assert result.sums.shape == (3, 4) and not result.sums.any()
     assert all(not parameter.grad.any() for parameter in speculator.parameters())
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("keys", [{"tied": True}, {"tied": False}, {"tied": True, "tie_lstm_embs": True}])
+def test_the_host_never_waits_in_a_training_forward(keys, loss):
+    """On the meta device nothing has a value: whoever asks for one fails. Inputs come as FSDP leaves them on a GPU, all that stands
+    in tuples moved."""
+    device, batch = torch.device("meta"), make_batch()
+    speculator = make_speculator(3, scaled=True, loss=loss, **keys).to(device)
+    targets, states = speculator.align(batch), BaseStates(torch.empty(3, 17, HIDDEN, device=device))
+    readout = Readout(VOCAB, HIDDEN, 1e-5, tied=True).to(device)
+    (inputs,), _ = _to_kwargs((batch.to(device), states, targets.to(device), targets.counts, readout), {}, device, False)
+    result = speculator(*inputs)
+    result.total.backward()
+    assert result.total.device == result.sums.device == device and torch.equal(result.counts, targets.counts)
+    assert all(parameter.grad.shape == parameter.shape for parameter in speculator.parameters())
 
 
 def test_rows_without_targets_cost_nothing():
