@@ -53,7 +53,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
     base_path = resolve_base_path(config.base.path)
     if config.prepare.tokenizer_vocab_size > 0:
         write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
-    tokenizer = load_tokenizer(base_path)
+    vocab_size, prompts = check_generation(config) if config.prepare.generate else (None, 0)
+    tokenizer = load_tokenizer(base_path, vocab_size)
     if config.prepare.num_prompts > 0:
         write_prompts(config, tokenizer)
     loader = build_loader(config.data, tokenizer, seed=config.job.seed, global_batch_size=1, micro_batch_size=1)
@@ -63,7 +64,7 @@ def prepare(config: Config, stop: StopSignal) -> None:
     for _ in range(config.prepare.show):
         print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
     if config.prepare.generate:
-        generate_data(config, tokenizer)
+        generate_data(config, tokenizer, prompts)
 
 
 def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
@@ -103,6 +104,7 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
     datasets, part = validation_datasets(config.data), None if config.data.val_path else HELD_OUT
     if part and not config.data.holdout:
         raise UserError("prepare.num_prompts cuts prompts from held-out text: set data.holdout or data.val_path")
+    path.parent.mkdir(parents=True, exist_ok=True)
     documents = (
         document._replace(source=document.source.removeprefix(f"{dataset.root}/"))
         for dataset in datasets
@@ -116,16 +118,29 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
     logger.info("written: %s, %d prompts", path, count)
 
 
-def generate_data(config: Config, tokenizer: Tokenizer) -> None:
-    """Writes `prepare.generate`: what stage 2 of a run with these keys would sample, from sample `prepare.generate_start` on.
+def check_generation(config: Config) -> tuple[int, int]:
+    """The base's vocabulary size, and how many prompts `prepare.generate` cuts from a sample.
 
     Raises:
-        UserError: lengths that do not fit, samples beyond the last, a file that holds something else.
+        UserError: lengths that do not fit, or what is no base.
+    """
+    training = config.training
+    base_config = choose_config(config.base.arch, config.base.variant, config.base.path)
+    global_batch_size = training.global_batch_size if training.global_batch_size > 0 else training.micro_batch_size
+    positions = base_config.max_position_embeddings
+    return base_config.vocab_size, prompts_per_sample(config.stage2, global_batch_size, config.data.seq_length, positions, steps=1)
+
+
+def generate_data(config: Config, tokenizer: Tokenizer, prompts: int) -> None:
+    """Writes `prepare.generate`: what stage 2 of a run with these keys would sample, from sample `prepare.generate_start` on.
+
+    Args:
+        prompts: cut from each sample.
+
+    Raises:
+        UserError: samples beyond the last, a file that holds something else.
     """
     start, micro_batch_size = config.prepare.generate_start, config.training.micro_batch_size
-    base_config = choose_config(config.base.arch, config.base.variant, config.base.path)
-    global_batch_size = config.training.global_batch_size if config.training.global_batch_size > 0 else micro_batch_size
-    prompts = prompts_per_sample(config.stage2, global_batch_size, config.data.seq_length, base_config.max_position_embeddings, steps=1)
     loader = build_loader(
         config.data, tokenizer, seed=config.job.seed, global_batch_size=micro_batch_size, micro_batch_size=micro_batch_size, position=start
     )

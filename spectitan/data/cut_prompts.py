@@ -1,5 +1,6 @@
 """Evaluation prompts cut from held-out text: what eval.prompts reads."""
 
+import heapq
 import json
 from collections.abc import Iterable, Iterator
 
@@ -22,14 +23,15 @@ def cut_prompts(documents: Iterable[Document], tokenizer: Tokenizer, count: int,
     Args:
         documents: as data.rendering.rendered gives them.
     """
-    candidates = []
+    first = heapq.nsmallest(count, _candidates(documents, tokenizer, count, seed), key=lambda candidate: candidate[:2])
+    return "".join(json.dumps(prompt) + "\n" for _, _, prompt in first)
+
+
+def _candidates(documents: Iterable[Document], tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, float, dict]]:
     for number, document in enumerate(documents):
         cut = _of_text if isinstance(document.content, str) else _before_the_answer
         for turn, ids in cut(document.content, number, tokenizer, count, seed):
-            order = float(uniform(seed, number, turn, 2))
-            candidates.append((turn, order, {"tokens": ids, "source": document.source}))
-    candidates.sort(key=lambda candidate: candidate[:2])
-    return "".join(json.dumps(prompt) + "\n" for _, _, prompt in candidates[:count])
+            yield turn, float(uniform(seed, number, turn, 2)), {"tokens": ids, "source": document.source}
 
 
 def _of_text(text: str, number: int, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, list[int]]]:

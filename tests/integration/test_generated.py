@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from spectitan import prepare
 from spectitan.config.sections import Data, Stage2
 from spectitan.data.loader import build_loader
-from spectitan.data.tokenizer import load_tokenizer
+from spectitan.data.tokenizer import load_tokenizer, train_bpe
 from spectitan.decoding.plain import generate_plain
 from spectitan.decoding.sampling import Sampler, Sampling, Stream
 from spectitan.errors import StopRequested
@@ -154,6 +155,22 @@ def test_a_whole_file_is_left_alone(world, whole, monkeypatch):
 )
 def test_other_settings_and_what_does_not_fit_are_refused(world, whole, capsys, changes, named):
     assert named in tiny.refusal(prepare, flags(world, whole, **changes), capsys, whole.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stage2__prompt_length": 16}, "data.seq_length = 31: stage2.batch_size / training.global_batch_size = 2 prompts"),
+        ({"base__variant": "7b"}, "base.variant = '7b' has vocab_size = 32000"),
+        ({"base__path": "{tmp_path}/base"}, "the tokenizer has 298 tokens, the model 291"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_tokenising(world, tmp_path, capsys, monkeypatch, changes, named):
+    shutil.copytree(world.root / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text(train_bpe(map(tiny.text, range(tiny.FILES)), tiny.VOCAB + 7), encoding="utf-8")
+    monkeypatch.setattr(prepare, "build_loader", None)
+    changes = {key: str(value).format(tmp_path=tmp_path) for key, value in changes.items()}
+    assert named in tiny.refusal(prepare, flags(world, tmp_path / "a.jsonl", **changes), capsys, tmp_path)
 
 
 def test_a_file_of_another_origin_is_refused(world, tmp_path, capsys):

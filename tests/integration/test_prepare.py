@@ -109,6 +109,30 @@ def test_a_tokenizer_is_made_of_the_training_part(folder, capsys):
     assert (folder / "base" / "tokenizer.json").read_text(encoding="utf-8") == expected
 
 
+def test_prompts_are_cut_from_held_out_lines(folder, capsys):
+    write_texts(folder / "text", {f"long/{i}.txt": text(i, 400) for i in range(30)})
+    path = folder / "new" / "prompts.jsonl"
+    cut = {"eval__prompts": path, "prepare__num_prompts": 20}
+    assert main(flags(folder, **cut)) == 0
+    data = Data(path=str(folder / "text"), holdout=0.2, on_invalid="skip")
+    (dataset,) = find_datasets(data)
+    held_out = {document.source: document.content for document in read_documents(dataset, data, HELD_OUT, Found())}
+    tokenizer = load_tokenizer(folder / "base")
+    prompts = [json.loads(line) for line in path.read_text().splitlines()]
+    for prompt in prompts:
+        lines, size = held_out[str(folder / "text" / prompt["source"])].splitlines(keepends=True), len(prompt["tokens"])
+        rests = [tokenizer.encode("".join(lines[first:])) for first in range(len(lines))]
+        assert 64 <= size <= 128 and any(rest[:size] == prompt["tokens"] and len(rest) > size for rest in rests)
+    sources = [prompt["source"] for prompt in prompts]
+    assert len(sources) == 20 and len(set(sources[:4])) == 4  # documents take turns
+    before = path.read_bytes()
+    assert main(flags(folder, **cut)) == 2
+    assert "prepare.num_prompts writes a new file" in capsys.readouterr().err and path.read_bytes() == before
+    path.unlink()
+    assert main(flags(folder, **cut)) == 0
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
