@@ -25,7 +25,7 @@ from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch, to_dev
 NORM_EPS = 1e-6
 MAX_HEADS = 64
 WIDTH_KEYS = ("emb_dim", "proj_dim", "inner_dim")
-_WIDTHS = re.compile(r"[1-9][0-9]{0,5}(\.[1-9][0-9]{0,5})*")
+WIDTHS = re.compile(r"[1-9][0-9]{0,5}(\.[1-9][0-9]{0,5}){0,7}")  # "1024", "1024.2048"
 
 
 @dataclass
@@ -264,10 +264,11 @@ def _level_widths(name: str, value: int | str, width: int) -> list[int]:
     """[1024, 2048] of "1024.2048", [width] of -1."""
     if value == -1:
         return [width]
-    if not _WIDTHS.fullmatch(str(value)):
+    if not WIDTHS.fullmatch(str(value)):
         shown = f'"{value}"' if isinstance(value, str) else value
         raise UserError(
-            f'speculator.{name} = {shown}; allowed: a width from 1 to 999999, several such as "1024.2048", or -1 for speculator_width'
+            f"speculator.{name} = {shown}; allowed: a width from 1 to 999999, "
+            'several such as "1024.2048" (up to 8), or -1 for speculator_width'
         )
     return [int(level) for level in str(value).split(".")]
 

@@ -1,12 +1,8 @@
 """config.json of recurrent drafters: IBM's layout (fms-extras) and Arctic's (ArcticTraining, VERL), written and read."""
 
-import re
-
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
-from spectitan.speculators.recurrent import MAX_HEADS, WIDTH_KEYS, RecurrentSpeculator
-
-_WRITTEN_WIDTHS = re.compile(r"[1-9][0-9]{0,5}(\.[1-9][0-9]{0,5}){0,7}")  # "1024", "1024.2048"
+from spectitan.speculators.recurrent import MAX_HEADS, WIDTH_KEYS, WIDTHS, RecurrentSpeculator
 
 
 def ibm_config(speculator: RecurrentSpeculator, architecture: str, format: str) -> dict:
@@ -81,6 +77,6 @@ def _read_widths(file: ConfigFile, name: str) -> int | str:
     value = file.get(name)
     levels = value if isinstance(value, list) else str(value).strip("[]").split(", ")
     text = ".".join(map(str, levels))
-    fits = type(value) in (int, str, list) and _WRITTEN_WIDTHS.fullmatch(text) is not None
+    fits = type(value) in (int, str, list) and WIDTHS.fullmatch(text) is not None
     file.must(fits, name, 'a width is expected, or several as "1024.2048"')
     return text if "." in text else int(text)

@@ -346,7 +346,9 @@ def test_combinations_that_cannot_be():
 
 @pytest.mark.parametrize("family", SPECULATORS)
 @pytest.mark.parametrize("key", ["emb_dim", "proj_dim", "inner_dim"])
-@pytest.mark.parametrize("value", ["1024.", ".5", "0.5", "", "2..3", 0, "0", "-1.4", "1e3", "4,5", " 4", "1_0", "٤", "1000000", "x"])
+@pytest.mark.parametrize(
+    "value", ["1024.", ".5", "0.5", "", "2..3", 0, "0", "-1.4", "1e3", "4,5", " 4", "1_0", "٤", "1000000", "x", ".".join("1" * 9)]
+)
 def test_widths_that_are_none(family, key, value):
     base = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
     with pytest.raises(UserError) as error:
