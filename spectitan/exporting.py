@@ -12,6 +12,21 @@ from spectitan.speculators.serving import choose_format, name_of_base, write_fol
 from spectitan.trained import Trained, base_fingerprint, check_base, find_trained, load_base, locate_base, read_speculator
 
 
+def export_folder(config: Config) -> Path:
+    return Path(config.export.path or Path(config.job.dump_folder) / "export")
+
+
+def base_folder(target: Path) -> Path:
+    """Where the base goes that was trained together with the speculator at `target`."""
+    return target.with_name(f"{target.name}_base")
+
+
+def check_keeps_base(target: Path, base_path: Path) -> None:
+    """Raises UserError if what is written to `target` would replace the files of the base."""
+    if target.resolve() == base_path.resolve():
+        raise UserError(f"export.path: {target} is the base's own folder, whose files would be replaced; allowed: another folder")
+
+
 def export_run(config: Config) -> None:
     """Writes what `speculator.path`, or the run of the config file, has trained to `export.path`, and prints how to serve it.
 
@@ -23,7 +38,7 @@ def export_run(config: Config) -> None:
     trained = find_trained(config)
     if trained is None:
         raise UserError(f"job.dump_folder = {config.job.dump_folder!r} has no checkpoint and speculator.path is empty: nothing to export")
-    target, format = Path(config.export.path or Path(config.job.dump_folder) / "export"), config.export.format
+    target, format = export_folder(config), config.export.format
     has_speculator, has_base = trained.keys.get("speculator.type") != "none", not trained.keys.get("base.freeze", True)
     if format == "none":
         raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, arctic, verl, hf')
@@ -35,10 +50,11 @@ def export_run(config: Config) -> None:
         _export_base(config, trained, target)
         return
     _, base_path, base_config = locate_base(config, trained)
+    check_keeps_base(target, base_path)
     speculator = read_speculator(trained, base_config)
     if speculator is None:
         raise UserError(f'export.format = "{format}": {trained.path} holds a base and no speculator; allowed: auto, hf')
-    base_target, written_base = target.with_name(f"{target.name}_base"), has_base and format == "auto"
+    base_target, written_base = base_folder(target), has_base and format == "auto"
     if written_base:
         _export_base(config, trained, base_target)
     format, base_name = choose_format(speculator, format), config.export.base_name
@@ -53,6 +69,7 @@ def export_run(config: Config) -> None:
 
 
 def _export_base(config: Config, trained: Trained, target: Path) -> None:
+    check_keeps_base(target, locate_base(config, trained)[1])
     base, base_path = load_base(config, torch.bfloat16)
     save_hf(base, target, torch.bfloat16, tokenizer_files_from=base_path)
     print(f"{target}: the base of {trained.path}, in Hugging Face layout")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spectitan.config.manager import Config
 from spectitan.evaluation import evaluate_run
-from spectitan.exporting import export_run
+from spectitan.exporting import base_folder, check_keeps_base, export_folder, export_run
 
 
 def folders_to_write(config: Config) -> dict[str, str]:
@@ -31,6 +31,15 @@ def paths_to_read(config: Config) -> dict[str, str]:
     }
 
 
+def check_export(config: Config, base_path: Path) -> None:
+    """Raises UserError if the export at the end of the run would replace the files of its base."""
+    target, format = export_folder(config), config.export.format
+    if format != "none":
+        check_keeps_base(target, base_path)
+    if format == "auto" and not config.base.freeze and config.speculator.type != "none":
+        check_keeps_base(base_folder(target), base_path)
+
+
 def finish_run(config: Config, checkpoint: Path, step: int, measurable: bool) -> None:
     """Evaluates and exports the last checkpoint. Of one process alone.
 
@@ -43,9 +52,7 @@ def finish_run(config: Config, checkpoint: Path, step: int, measurable: bool) ->
     folder = Path(config.job.dump_folder)
     if config.eval.at_end and measurable and _reported_step(folder) != step:
         evaluate_run(config)
-    if config.export.format != "none" and _is_older(
-        Path(config.export.path or folder / "export") / "config.json", checkpoint / "state.json"
-    ):
+    if config.export.format != "none" and _is_older(export_folder(config) / "config.json", checkpoint / "state.json"):
         export_run(config)
 
 

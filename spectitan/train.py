@@ -30,7 +30,7 @@ from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute
 from spectitan.distributed.mesh import Distributed, init_distributed
 from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
-from spectitan.finishing import finish_run, folders_to_write, paths_to_read
+from spectitan.finishing import check_export, finish_run, folders_to_write, paths_to_read
 from spectitan.keyed_random import hash_keys
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config, get_model
@@ -81,6 +81,7 @@ class Trainer:
         check_seq_length(config.data, base_config.max_position_embeddings)
         for key, path in folders_to_write(config).items():
             check_can_be_written(key, path)
+        check_export(config, self.base_path)
         if config.checkpoint.resume == "never":
             check_can_be_moved(self.folder, paths_to_read(config))
         run_folder.lock()

@@ -167,6 +167,26 @@ def test_mistakes(tmp_path, base, capsys):
     assert "broken" in mistake("--speculator.path", str(tmp_path / "run")).replace("are broken", "broken")
 
 
+def test_the_base_is_not_written_over(tmp_path, base, capsys):
+    checkpoint, _ = run_of_speculator(tmp_path)
+    speculator, config = make_speculator()
+    parts = torch.nn.ModuleDict({"speculator": speculator, "base": base})
+    joint = save_run(tmp_path / "joint", tmp_path / "base", parts, "mlp", config, freeze=False)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    (tmp_path / "name_base").symlink_to(tmp_path / "base")
+    for source, target, *more in (
+        (checkpoint, "base"),
+        (checkpoint, "name_base"),
+        (joint, "base", "--export.format", "hf"),
+        (joint, "name"),
+    ):
+        assert main(["--speculator.path", str(source), "--export.path", str(tmp_path / target), *more]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1 and "is the base's own folder" in captured.err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()} == files and not (tmp_path / "name").exists()
+    assert main(["--speculator.path", str(checkpoint), "--export.path", str(tmp_path / "name")]) == 0  # a frozen one is not written
+
+
 def test_started_as_a_program(tmp_path):
     command = [sys.executable, "-m", "spectitan.export", "--speculator.path", str(tmp_path / "nothing")]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,12 +1,14 @@
 """What train refuses before it does any work."""
 
+import contextlib
+
 import pytest
 
 from spectitan.config.manager import load
 from spectitan.config.sections import Data
 from spectitan.data.validation import check_seq_length
 from spectitan.errors import UserError
-from spectitan.finishing import folders_to_write, paths_to_read
+from spectitan.finishing import check_export, folders_to_write, paths_to_read
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.training.run_folder import check_can_be_moved, check_can_be_written
 
@@ -47,6 +49,25 @@ def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="holds the working folder"):
         check_can_be_moved(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "format, freeze, type, refused",
+    [
+        ("auto", "true", "mlp", ["draft"]),
+        ("arctic", "false", "mlp", ["draft"]),
+        ("auto", "false", "none", ["draft"]),
+        ("hf", "false", "mlp", ["draft"]),
+        ("auto", "false", "mlp", ["draft", "draft_base"]),  # both are written
+        ("none", "true", "mlp", []),
+    ],
+)
+def test_an_export_over_the_base(tmp_path, format, freeze, type, refused):
+    config = config_of(export__format=format, base__freeze=freeze, speculator__type=type, export__path=tmp_path / "draft")
+    for name in ("draft", "draft_base", "elsewhere"):
+        expected = pytest.raises(UserError, match=f"{name} is the base's own folder") if name in refused else contextlib.nullcontext()
+        with expected:
+            check_export(config, tmp_path / name)
 
 
 def test_samples_longer_than_the_context():
