@@ -61,8 +61,8 @@ def _check_settings(path: Path, partial: Path, description: Path, settings: dict
         return
     try:
         written = json.loads(description.read_text(encoding="utf-8"))
-        differing = next((name for name in settings if name not in written or written[name] != settings[name]), None)
-    except (OSError, ValueError, TypeError):
+        differing = next((name for name in settings if written.get(name) != settings[name]), None)
+    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but no object
         raise UserError(
             f"prepare.generate = {str(path)!r} exists, and {description.name} does not say how it was made; remove it"
         ) from None

@@ -175,7 +175,10 @@ def test_what_does_not_fit_is_refused_before_tokenising(world, tmp_path, capsys,
 
 def test_a_file_of_another_origin_is_refused(world, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("mine")
-    assert "does not say how it was made" in tiny.refusal(prepare, flags(world, tmp_path / "a.jsonl"), capsys, tmp_path)
+    for description in (None, "no JSON", "[]", "3", "null"):
+        if description:
+            (tmp_path / "a.jsonl.json").write_text(description)
+        assert "does not say how it was made" in tiny.refusal(prepare, flags(world, tmp_path / "a.jsonl"), capsys, tmp_path)
     assert "is a folder" in tiny.refusal(prepare, flags(world, tmp_path), capsys, tmp_path)
     line = tiny.refusal(prepare, world.flags(tmp_path, prepare__generate_start=1), capsys, tmp_path)
     assert "prepare.generate_start = 1 without prepare.generate" in line
