@@ -1,7 +1,8 @@
-"""Files that are whole or not there, also after a crash."""
+"""Files and folders that are whole or not there, also after a crash."""
 
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -19,6 +20,26 @@ def write_whole(path: Path, content: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(temporary: Path, path: Path, stale: Collection[str], last: str = "config.json") -> None:
+    """Moves a folder's files to `path`. A new `path` appears at once; in one that exists each file is replaced at once.
+
+    Args:
+        temporary: on the same file system.
+        stale: patterns of files that are removed if they are not among the new ones; all others stay.
+        last: moved after all else is done, so that a new one stands for a folder that is whole.
+    """
+    if not path.exists():
+        temporary.rename(path)
+        return
+    new = {file.name for file in temporary.iterdir()}
+    for name in sorted(new - {last}):
+        (temporary / name).replace(path / name)
+    for old in {file for pattern in stale for file in path.glob(pattern)}:
+        if old.name not in new:
+            old.unlink()
+    (temporary / last).replace(path / last)
 
 
 def sync(path: Path) -> None:

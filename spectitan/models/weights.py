@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from spectitan.errors import UserError
+from spectitan.files import replace_folder
 from spectitan.models.hf_config import config_to_json, read_config
 from spectitan.models.layers import assign
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
@@ -108,7 +109,7 @@ def save_hf(
                 source = resolve_base_path(tokenizer_files_from)
                 for file in {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}:
                     shutil.copyfile(file, temporary / file.name)
-            _move_into_place(temporary, path)
+            replace_folder(temporary, path, stale=("model*.safetensors", INDEX))
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -184,15 +185,3 @@ def _write_tensors(model: nn.Module, folder: Path | None, dtype: torch.dtype, ma
         weight_map = {name: file for file, shard in zip(files, shards) for name, _ in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-        return
-    new = {file.name for file in temporary.iterdir()}
-    for file in sorted(temporary.iterdir()):
-        file.replace(path / file.name)
-    for old in [*path.glob("model*.safetensors"), path / INDEX]:
-        if old.name not in new:
-            old.unlink(missing_ok=True)

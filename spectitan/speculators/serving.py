@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
+from spectitan.files import replace_folder
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import ARCHITECTURES, read_config
 from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors
@@ -122,14 +123,7 @@ def write_folder(
             shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
         readme = folder_readme(type_of(speculator), format, config, sum(parameter.numel() for parameter in speculator.parameters()))
         (temporary / "README.md").write_text(readme, encoding="utf-8")
-        if not path.exists():
-            temporary.rename(path)
-            return
-        new = {file.name for file in temporary.iterdir()}
-        for file in sorted(temporary.iterdir()):
-            file.replace(path / file.name)
-        for old in {SINGLE, INDEX, PICKLE} - new:
-            (path / old).unlink(missing_ok=True)
+        replace_folder(temporary, path, stale=(SINGLE, INDEX, PICKLE))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
