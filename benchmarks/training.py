@@ -1,6 +1,7 @@
 """Training speed and memory: our step, the usual step, and the floor that this machine's matrix products set.
 
     python benchmarks/training.py                       # the goals' set-up: a 57.9M base, V 32000, 4 x 512 tokens a step
+    python benchmarks/training.py --type lstm           # the LSTM speculator instead of the MLP
     python benchmarks/training.py --small --repeats 2   # a quick look that everything runs
 
 Three ways, each in a process of its own, one step at a time in turn, so that whatever else the machine does meets all alike:
@@ -15,6 +16,7 @@ says how to read the table. Linux: memory and the processor's description come f
 """
 
 import argparse
+import importlib
 import json
 import math
 import multiprocessing
@@ -40,7 +42,7 @@ from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import get_model, register_model
 from spectitan.models.weights import save_hf
-from spectitan.speculators.mlp import MlpSpeculator
+from spectitan.speculators.registry import SPECULATORS
 from spectitan.states.online import OnlineStates
 from spectitan.training.allocator import use_huge_pages
 from spectitan.training.metrics import MetricsLogger
@@ -50,8 +52,9 @@ PARTS = ("data", "base forward", "speculator forward", "backward", "optimizer")
 
 
 class Setup(NamedTuple):
-    """What is trained. The base is a random Llama with untied embeddings, the speculator a tied MLP."""
+    """What is trained. The base is a random Llama with untied embeddings, the speculator a tied one."""
 
+    type: str = "mlp"
     vocab_size: int = 32000
     hidden_size: int = 512
     intermediate_size: int = 1536
@@ -105,10 +108,11 @@ class Clock:
 def run_ours(setup: Setup, folder: str, end_of_step: Callable) -> None:
     """spectitan.train on that base and text, with clocks in its namespaces."""
     clock = Clock()
+    family = SPECULATORS[setup.type][1]
     Loader.__next__ = clock.time("data", Loader.__next__)
-    MlpSpeculator.align = clock.time("data", MlpSpeculator.align)
+    family.align = clock.time("data", family.align)
     OnlineStates.states = clock.time("base forward", OnlineStates.states)
-    MlpSpeculator.__call__ = clock.time("speculator forward", MlpSpeculator.__call__)
+    family.__call__ = clock.time("speculator forward", family.__call__)
     utils.backward = clock.time("backward", utils.backward)
     utils.clip_grad_norm = clock.time("optimizer", utils.clip_grad_norm)
     train.step_if_finite = clock.time("optimizer", train.step_if_finite)
@@ -121,6 +125,7 @@ def run_ours(setup: Setup, folder: str, end_of_step: Callable) -> None:
         "data.path": f"{folder}/text",
         "data.cache_dir": f"{folder}/cache",
         "data.seq_length": setup.seq_length,
+        "speculator.type": setup.type,
         "speculator.n_speculator_heads": setup.heads,
         "speculator.speculator_width": setup.width,
         "training.micro_batch_size": setup.rows,
@@ -152,7 +157,9 @@ def write_inputs(setup: Setup, folder: Path) -> None:
 
 
 class PlainSpeculator(nn.Module):
-    """A tied MLP speculator, written down as its formula is: logits of every step on every row."""
+    """A tied speculator, written down as its formula is: logits of every step on every row. A subclass says how a state advances."""
+
+    gates = 1
 
     def __init__(self, setup: Setup):
         super().__init__()
@@ -160,29 +167,51 @@ class PlainSpeculator(nn.Module):
         state_weight = 0.5 ** (0.5 / self.steps)
         self.alpha = math.sqrt((1 - state_weight**2) * setup.width / 2) / state_weight
         self.embedding = nn.Embedding(setup.vocab_size, setup.width)
-        self.first, self.later = nn.Linear(setup.hidden_size, setup.width, bias=False), nn.Linear(setup.width, setup.width, bias=False)
-        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(setup.width)), nn.Parameter(torch.zeros(setup.width))
+        self.first, self.later = (
+            nn.ModuleList(nn.Linear(size, setup.width, bias=False) for _ in range(self.gates)) for size in (setup.hidden_size, setup.width)
+        )
+        self.norm_weight, self.norm_bias = (
+            nn.ParameterList(fill(setup.width) for _ in range(min(self.gates, 2))) for fill in (torch.ones, torch.zeros)
+        )
         self.head = nn.Linear(setup.width, setup.vocab_size, bias=False)
 
-    def norm(self, x: Tensor) -> Tensor:
+    def rms(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def norm(self, x: Tensor, which: int) -> Tensor:
+        return self.rms(x) * self.norm_weight[which] + self.norm_bias[which]
+
+    def advance(self, sums: list[Tensor], cell: Tensor | float) -> tuple[Tensor, Tensor | float]:
+        return F.gelu(self.norm(sums[0], 0)), cell
 
     def forward(self, state: Tensor, tokens: Tensor) -> Tensor:
         """[batch, rows, hidden], int64 [batch, rows + steps - 1] -> [steps, batch, rows, vocab]."""
-        rows, logits = state.shape[1], []
-        state = self.norm(state) / math.sqrt(2)
+        rows, logits, cell = state.shape[1], [], 0.0
+        state = self.rms(state) / math.sqrt(2)
         for step in range(self.steps):
-            projected = (self.later if step else self.first)(state) + self.alpha * self.embedding(tokens[:, step : step + rows])
-            state = F.gelu(self.norm(projected) * self.norm_weight + self.norm_bias)
+            embedded = self.alpha * self.embedding(tokens[:, step : step + rows])
+            state, cell = self.advance([gate(state) + embedded for gate in (self.later if step else self.first)], cell)
             logits.append(self.head(state))
         return torch.stack(logits)
+
+
+class PlainLstm(PlainSpeculator):
+    gates = 4
+
+    def advance(self, sums: list[Tensor], cell: Tensor | float) -> tuple[Tensor, Tensor | float]:
+        forget, input, output = (gate.sigmoid() for gate in sums[:3])
+        cell = cell * forget + F.gelu(self.norm(sums[3], 0)) * input
+        return F.gelu(self.norm(cell, 1)) * output, cell
+
+
+PLAIN = {"mlp": PlainSpeculator, "lstm": PlainLstm}
 
 
 def run_plain(setup: Setup, folder: str, end_of_step: Callable) -> None:
     torch.set_num_threads(setup.threads)
     clock = Clock()
     base = frozen_base(setup, folder)
-    speculator = PlainSpeculator(setup)
+    speculator = PLAIN[setup.type](setup)
     optimizer = torch.optim.AdamW(speculator.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     def base_forward(tokens: Tensor) -> Tensor:
@@ -233,11 +262,12 @@ def products(setup: Setup) -> tuple[Callable, Callable]:
 
     Heads go by blocks of rows, because one product of all rows is slower where its logits leave the cache.
     """
-    dtype, width = setup.compute_dtype, setup.width
+    dtype, width, gates = setup.compute_dtype, setup.width, PLAIN[setup.type].gates * setup.width
     supervised = [setup.rows * (setup.seq_length - 2 - step) for step in range(setup.heads)]
-    state = torch.randn(supervised[0], max(width, setup.hidden_size)).to(dtype)
-    matrix = torch.randn(max(width, setup.hidden_size), width).to(dtype)
-    rows_out, matrix_out = torch.empty_like(state), torch.empty_like(matrix)
+    sizes = [setup.hidden_size] + [width] * (setup.heads - 1)
+    state, projected = (torch.randn(supervised[0], size).to(dtype) for size in (max(sizes), gates))
+    matrix = torch.randn(max(sizes), gates).to(dtype)
+    d_state, projected_out, d_matrix = torch.empty_like(state), torch.empty_like(projected), torch.empty_like(matrix)
     head, d_head = torch.randn(setup.vocab_size, width).to(dtype), torch.empty(setup.vocab_size, width, dtype=dtype)
     block = 1024
     logits = torch.randn(block, setup.vocab_size).to(dtype)
@@ -245,9 +275,8 @@ def products(setup: Setup) -> tuple[Callable, Callable]:
     blocks = [block] * (sum(supervised) // block) + [sum(supervised) % block]
 
     def forward() -> None:
-        for step, rows in enumerate(supervised):
-            size = width if step else setup.hidden_size
-            torch.mm(state[:rows, :size], matrix[:size], out=rows_out[:rows, :width])
+        for size, rows in zip(sizes, supervised):
+            torch.mm(state[:rows, :size], matrix[:size], out=projected_out[:rows])
         for rows in blocks:
             torch.mm(hidden[:rows], head.T, out=logits[:rows])
 
@@ -255,11 +284,10 @@ def products(setup: Setup) -> tuple[Callable, Callable]:
         for rows in blocks:
             torch.mm(logits[:rows], head, out=d_hidden[:rows])
             torch.mm(logits[:rows].T, hidden[:rows], out=d_head)
-        for step, rows in enumerate(supervised):
-            size = width if step else setup.hidden_size
-            torch.mm(state[:rows, :size].T, state[:rows, :width], out=matrix_out[:size])
+        for step, (size, rows) in enumerate(zip(sizes, supervised)):
+            torch.mm(state[:rows, :size].T, projected[:rows], out=d_matrix[:size])
             if step:  # the base's states need no gradient
-                torch.mm(state[:rows, :width], matrix[:width].T, out=rows_out[:rows, :width])
+                torch.mm(projected[:rows], matrix[:size].T, out=d_state[:rows, :size])
 
     return forward, backward
 
@@ -274,6 +302,12 @@ WAYS = {"ours": run_ours, "plain": run_plain, "floor": run_floor}
 # ---- processes ----
 
 
+def import_all() -> None:
+    """What PyTorch imports at the first use of FSDP or an optimizer, so that it counts as program, not as the step's memory."""
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("torch.utils.tensorboard")
+
+
 def memory(field: str) -> int:
     """VmRSS, bytes resident now, or VmHWM, the most there ever were."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -282,6 +316,7 @@ def memory(field: str) -> int:
 
 def worker(way: str, setup: Setup, folder: str, connection: Connection) -> None:
     """One way: a step each time the parent asks, until it hangs up."""
+    import_all()
     at_start = memory("VmRSS")
     started = processor_started = 0.0
 
@@ -410,6 +445,7 @@ def describe_machine() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--type", default="mlp", choices=tuple(PLAIN), help="as speculator.type")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="as training.compute_dtype")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a step, in rows of 512")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -418,16 +454,16 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=("auto", "true", "false"), help="as compile.enabled")
     parser.add_argument("--allocator", default="both", choices=("both", "default", "raised"))
     parser.add_argument("--small", action="store_true", help="a toy model")
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "training.json"))
+    parser.add_argument("--output", help="default: results/training.json or training_lstm.json")
     arguments = parser.parse_args()
 
     dtype = str(resolve_compute_dtype(arguments.dtype, torch.device("cpu"))).removeprefix("torch.")
-    setup = Setup(rows=arguments.tokens // 512, dtype=dtype, compile=arguments.compile, threads=arguments.threads)
+    setup = Setup(type=arguments.type, rows=arguments.tokens // 512, dtype=dtype, compile=arguments.compile, threads=arguments.threads)
     setup = setup._replace(**SMALL) if arguments.small else setup
     machine = describe_machine()
     amx, load = "yes" if machine["amx"] else "no", machine["load_average_before"]
     print(f"{machine['cpu']}, {machine['cores']} cores, AMX {amx}, torch {machine['torch']}, load {load:.1f} before the run")
-    shape = f"V {setup.vocab_size}, n {setup.heads}, width {setup.width}, {setup.rows} x {setup.seq_length} tokens"
+    shape = f"{setup.type}, V {setup.vocab_size}, n {setup.heads}, width {setup.width}, {setup.rows} x {setup.seq_length} tokens"
     print(f"{shape}, {dtype}, {setup.threads} threads")
     report = {"machine": machine, "setup": setup._asdict(), "repeats": arguments.repeats, "allocators": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -437,7 +473,9 @@ def main() -> None:
                 steps = measure(setup, folder, arguments.repeats, arguments.warm_up, environment)
                 report["allocators"][name] = {"environment": environment, **summarize(setup, steps, machine["amx"])}
                 print_summary(f"allocator: {name} {environment or ''}", report["allocators"][name])
-    Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    name = "training.json" if setup.type == "mlp" else f"training_{setup.type}.json"
+    output = Path(arguments.output or Path(__file__).parent / "results" / name)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
