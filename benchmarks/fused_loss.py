@@ -12,8 +12,8 @@ products  the floor: logits, both gradients and, for kl_div, the logits of the d
 
 Each way runs in a process of its own and they take turns, so that whatever else the machine does meets all alike; figures are
 medians. On a machine that others use too, compare processor time, with one thread. Memory is the peak of resident memory in a
-call above what was resident before the first: gradients included, and of `products` nothing. Three rows in a row have the same
-teacher row, as with three heads. Linux: memory comes from /proc.
+call above what was resident before the first, and above the head's gradient; of `products` nothing. Three rows in a row have the
+same teacher row, as with three heads. Linux: memory comes from /proc.
 """
 
 import argparse
@@ -42,7 +42,7 @@ HEADS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["32000x512x6144", "4096x256x6144"], help="vocabulary x width x rows")
+    parser.add_argument("--shapes", nargs="+", default=["32000x512x6144", "4096x256x6144", "128000x512x2048"], help="vocabulary x width x rows")
     parser.add_argument("--losses", nargs="+", default=["ce", "kl_div"])
     parser.add_argument("--chunk-rows", nargs="+", type=int, default=[-1])
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=list(ALLOCATORS))
@@ -96,7 +96,9 @@ def compare(arguments: argparse.Namespace, allocator: str, shape: str, loss: str
         for clock in ("seconds", "processor_seconds"):
             row[clock] = statistics.median(turn[i][clock] for turn in calls[1:])
             row[f"{clock}_of_products"] = statistics.median(turn[i][clock] / turn[0][clock] for turn in calls[1:])
-        row["memory_mib"] = max(turn[i]["bytes"] for turn in calls) / 2**20
+        vocabulary, width, _ = map(int, shape.split("x"))
+        gradient = vocabulary * width * getattr(torch, arguments.dtype).itemsize
+        row["memory_mib"] = max(max(turn[i]["bytes"] for turn in calls) - gradient, 0) / 2**20
         print(
             f"{way:<14}{chunk_rows if chunk_rows > 0 else '':>11}{row['seconds']:>10.3f}{row['seconds_of_products']:>13.2f}"
             f"{row['processor_seconds']:>13.3f}{row['processor_seconds_of_products']:>13.2f}{row['memory_mib']:>13.0f}"
