@@ -11,30 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectitan import evaluate, export, generate, prepare, train
 from spectitan.data.tokenizer import train_bpe
 from tests.integration import tiny
-
-PROGRAMS = {"train": train, "evaluate": evaluate, "export": export, "generate": generate, "prepare": prepare}
-SHORT = {"training__num_steps": 4, "checkpoint__interval": 2, "eval__at_end": "false", "export__format": "none"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def run(world) -> Path:
-    """A finished run, whose folder no mistake may touch."""
-    assert train.main(world.flags(world.root / "run", **SHORT)) == 0
-    return world.root / "run"
-
-
-@pytest.fixture
-def refused(world, run, capsys):
-    """Calls a program, which must refuse in one line and touch nothing, and returns that line."""
-    return lambda flags, program="train": tiny.refusal(PROGRAMS[program], flags, capsys, world.root)
+from tests.integration.tiny import PROGRAMS, SHORT
 
 
 # ---- configuration ----

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectitan import evaluate, export, generate, train
+from spectitan import train
 from spectitan.config.manager import load
 from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
@@ -20,27 +20,7 @@ from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.training import checkpoint as checkpoint_module
 from spectitan.training.checkpoint import Checkpointer, read_tensors
 from tests.integration import tiny
-
-PROGRAMS = {"train": train, "evaluate": evaluate, "export": export, "generate": generate}
-SHORT = {"training__num_steps": 4, "checkpoint__interval": 2, "eval__at_end": "false", "export__format": "none"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def run(world) -> Path:
-    """A finished run, whose folder no mistake may touch."""
-    assert train.main(world.flags(world.root / "run", **SHORT)) == 0
-    return world.root / "run"
-
-
-@pytest.fixture
-def refused(world, run, capsys):
-    """Calls a program, which must refuse in one line and touch nothing, and returns that line."""
-    return lambda flags, program="train": tiny.refusal(PROGRAMS[program], flags, capsys, world.root)
+from tests.integration.tiny import SHORT
 
 
 # ---- checkpoints ----

@@ -28,11 +28,6 @@ KEYS |= {"prepare__show": 0, "prepare__generate_samples": SAMPLES}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def whole(world) -> Path:
     path = world.root / "whole" / "a.jsonl"
     assert prepare.main(flags(world, path)) == 0

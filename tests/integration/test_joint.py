@@ -26,11 +26,6 @@ JOINT = {"base__freeze": "false", "training__max_grad_norm": 0.3, "metrics__repo
 STEPS = 7
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture(scope="module", params=["random", "pretrained"])
 def alone(world, request) -> tuple[str, Path]:
     """base.init, and the run of a base without a speculator."""

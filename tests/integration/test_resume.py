@@ -22,11 +22,6 @@ RUN |= {"eval__at_end": "false", "export__format": "none"}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def whole(world) -> Path:
     """The folder of a run that nothing interrupted."""
     assert train.main(world.flags(world.root / "whole", **RUN)) == 0

@@ -22,11 +22,6 @@ RUN = TEXT | LENGTHS | {"stage2__start_step": START}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def whole(world) -> Path:
     """The folder of a run that nothing interrupted, with evaluations on the way."""
     changes = {"eval__interval": 4, "eval__prompts": "none"}

@@ -23,11 +23,6 @@ NO_END = {"eval__at_end": "false", "export__format": "none"}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def base_run(world):
     """A base trained from random weights, and exported."""
     changes = tiny.BASE_ALONE | {"training__num_steps": 90, "checkpoint__interval": 100, "metrics__report_interval": 30}

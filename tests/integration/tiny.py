@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 
+from spectitan import evaluate, export, generate, prepare, train
 from spectitan.data.tokenizer import train_bpe
 from spectitan.keyed_random import uniform
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.weights import save_hf
 from spectitan.training.checkpoint import read_state, read_tensors
 from spectitan.training.checkpoint_files import describe
+
+PROGRAMS = {"train": train, "evaluate": evaluate, "export": export, "generate": generate, "prepare": prepare}
 
 VOCAB, CONTEXT, FILES = 291, 64, 13  # nothing divides by anything
 CONFIG = LlamaConfig(VOCAB, 24, 40, num_layers=2, num_heads=3, max_position_embeddings=CONTEXT, eos_token_id=0, tie_embeddings=True)
@@ -101,6 +104,9 @@ def make(root: Path) -> Tiny:
     (root / "config.toml").write_text(TOML.format(root=root), encoding="utf-8")
     return Tiny(root)
 
+
+# A run that is measured and exported nowhere.
+SHORT = {"training__num_steps": 4, "checkpoint__interval": 2, "eval__at_end": "false", "export__format": "none"}
 
 # The base itself is trained, from random weights.
 BASE_ALONE = {"speculator__type": "none", "base__init": "random", "base__freeze": "false", "eval__prompts": "none", "export__format": "hf"}
