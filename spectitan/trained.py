@@ -1,4 +1,4 @@
-"""What was trained, as evaluate, export and generate find it: an exported folder, or a checkpoint and the run's keys in it."""
+"""What was trained, as train, evaluate, export and generate find it: an exported folder, or a checkpoint and the run's keys in it."""
 
 import dataclasses
 from pathlib import Path

@@ -133,7 +133,7 @@ class LRScheduler:
         "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule, with stage2.start_step",
         choices=("linear", "cosine", "constant", "two_stage"),
     )
-    warmup_steps: int = key(-1, "steps of linear warm-up; -1: 5% of the run, at most 2000", minimum=-1)
+    warmup_steps: int = key(-1, "steps of linear warm-up (two_stage has its own); -1: 5% of the run, at most 2000", minimum=-1)
     decay_ratio: float = key(
         1.0, "linear and cosine: share of the run, at its end, in which the rate decays; before it is constant", above=0, maximum=1
     )
