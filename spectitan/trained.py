@@ -1,6 +1,7 @@
 """What was trained, as train, evaluate, export and generate find it: an exported folder, or a checkpoint and the run's keys in it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,13 +116,25 @@ def load_base(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Path]:
         UserError: no base is named, or its files cannot be read.
     """
     trained = find_trained(config)
-    base, path, _ = locate_base(config, trained)
+    base, path, base_config = locate_base(config, trained)
     if trained and trained.keys and not trained.keys["base.freeze"]:
+        _check_base_config(trained, base_config, path)
         model = get_model(base.arch, base.variant, path, init="random", dtype=dtype)
         _fill(model, read_tensors(trained.path, "base."), trained.path)
     else:
         model = get_model(base.arch, base.variant, path, dtype=dtype)
     return model.requires_grad_(False).eval(), path
+
+
+def _check_base_config(trained: Trained, base_config: LlamaConfig, path: Path) -> None:
+    """A base from a checkpoint computes as in the run that trained it: what base.path says beyond shapes must be the same."""
+    for name, found in base_config.identity().items():
+        saved = trained.keys[f"base.config.{name}"]
+        if json.dumps(saved) != json.dumps(found):
+            raise UserError(
+                f"{path}: {name} = {json.dumps(found)}; the base in {trained.path} was trained with {json.dumps(saved)}; "
+                "allowed: the base.path of that run, or none"
+            )
 
 
 def load_speculator_for(config: Config, base: nn.Module) -> Speculator | None:

@@ -45,7 +45,7 @@ class Sampling:
         if 0 < self.top_k < logits.shape[-1]:
             smallest_kept = logits.topk(self.top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-        return (logits / self.temperature).softmax(-1)
+        return self._softmax(logits)
 
     def choose(self, logits: Tensor, quantile: Tensor) -> Tensor:
         """int64 [batch]: the tokens at these quantiles [batch] of `probabilities`, of logits [batch, vocab].
@@ -59,8 +59,12 @@ class Sampling:
             return draw(self.probabilities(logits), quantile)
         values, tokens = logits.topk(self.top_k, -1)
         tokens, order = tokens.sort(-1)  # a quantile is one of the distribution in the vocabulary's order
-        weights = (values.gather(-1, order).float() / self.temperature).softmax(-1)
+        weights = self._softmax(values.gather(-1, order).float())
         return tokens.gather(-1, draw(weights, quantile)[:, None])[:, 0]
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        # Against the largest: divided by a tiny temperature, others fall to -inf, where they would rise to +inf.
+        return ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
 
 
 class Sampler:

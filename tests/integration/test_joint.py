@@ -1,6 +1,7 @@
 """Base and speculator trained together: against the base alone, bit for bit, and against a plain loop."""
 
 import json
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -213,3 +214,11 @@ def test_what_was_trained_together_is_exported_together(world, joint, tmp_path, 
         assert export.main([f"--speculator.path={joint}", f"--export.path={tmp_path / format}", f"--export.format={format}"]) == 0
         assert (tmp_path / format / "model.safetensors").read_bytes() == (joint / files / "model.safetensors").read_bytes()
         assert not (tmp_path / f"{format}_base").exists()
+
+
+def test_a_base_from_a_checkpoint_computes_as_its_run_did(world, joint, tmp_path, capsys):
+    shutil.copytree(world.root / "base", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert evaluate.main([f"--speculator.path={joint}", f"--base.path={tmp_path / 'other'}"]) == 2
+    assert "norm_eps = 0.5; the base in" in capsys.readouterr().err

@@ -195,3 +195,11 @@ def test_bad_prompts_are_refused_by_name(prompts, words):
         with pytest.raises(UserError, match=words):
             generate(base, prompts, 4)
     assert base.passes == 0
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_tiny_temperature_is_greedy(top_k):
+    logits = torch.tensor([[1.0, 4.0, 3.0, 2.0, -5.0], [0.0, -2.0, -1.0, 5.0, 4.0]])
+    rule = Sampling(temperature=1e-38, top_k=top_k)
+    torch.testing.assert_close(rule.probabilities(logits), torch.nn.functional.one_hot(logits.argmax(-1), 5).float())
+    assert rule.choose(logits, torch.tensor([0.999, 0.001])).tolist() == [1, 3]
