@@ -1,0 +1,56 @@
+"""The quick starts of other systems: a whole one on a tiny base, and its stages one by one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration import tiny
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run(script: str, variables: dict, *flags: str) -> str:
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in variables.items()},
+    }
+    finished = subprocess.run(
+        ["bash", SCRIPTS / script, *flags], capture_output=True, text=True, cwd=SCRIPTS.parent, env=environment, timeout=600, check=False
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sh")))
+def test_with_all_stages_off_nothing_is_done(script, tmp_path):
+    assert run(script, {"DATA_GEN": 0, "TRAIN": 0, "EXPORT": 0, "OUT": tmp_path / "run"}) == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_arctic_from_data_to_serve_command(tmp_path):
+    world = tiny.make(tmp_path / "tiny")
+    out, data = tmp_path / "run", tmp_path / "run_data"
+    variables = {"CONFIG": world.config, "OUT": out, "SOURCE": world.root / "data", "SOURCE_LENGTH": 31}
+    generation = {"TRAIN": 0, "EXPORT": 0, "PROCESSES": 2, "SAMPLES": 9, "PER_SAMPLE": 2, "GEN_BATCH": 4}
+    keys = ["--speculator.type", "lstm", "--stage2.prompt_length", "11", "--stage2.seq_length", "20", "--export.format", "arctic"]
+    run("arctic_quickstart.sh", variables | generation, *keys)
+    assert not out.exists()
+    rows = [json.loads(line) for name in ("0.jsonl", "1.jsonl") for line in (data / name).read_text().splitlines()]
+    assert len(rows) == 2 * 9 * 2 and {(len(row["input"]), len(row["output"])) for row in rows} == {(11, 20)}
+
+    printed = run("arctic_quickstart.sh", variables | {"DATA_GEN": 0}, *keys)
+    assert "vllm serve base --speculative-config" in printed and (out / "report.json").is_file()
+    supervised = [report["supervised_tokens"] for report in tiny.reports(out)]
+    assert sum(supervised) == 7 * 4 * 20  # steps, samples, and what was sampled; nothing of the prompts
+    exported = (out / "export" / "config.json").read_bytes(), (out / "export" / "model.safetensors").read_bytes()
+    assert json.loads(exported[0])["architectures"] == ["ArcticLSTMSpeculatorPreTrainedModel"]
+    again = tmp_path / "again"
+    printed = run("arctic_quickstart.sh", variables | {"DATA_GEN": 0, "TRAIN": 0}, *keys, "--export.path", str(again))
+    assert "vllm serve base --speculative-config" in printed
+    assert exported == ((again / "config.json").read_bytes(), (again / "model.safetensors").read_bytes())
