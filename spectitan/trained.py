@@ -129,7 +129,7 @@ def load_base(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Path]:
 def _check_base_config(trained: Trained, base_config: LlamaConfig, path: Path) -> None:
     """A base from a checkpoint computes as in the run that trained it: what base.path says beyond shapes must be the same."""
     for name, found in base_config.identity().items():
-        saved = trained.keys[f"base.config.{name}"]
+        saved = trained.keys.get(f"base.config.{name}", found)  # a checkpoint may be older than a key
         if json.dumps(saved) != json.dumps(found):
             raise UserError(
                 f"{path}: {name} = {json.dumps(found)}; the base in {trained.path} was trained with {json.dumps(saved)}; "

@@ -74,7 +74,9 @@ def test_equals_the_oracle_around_block_boundaries(loss, vocabulary):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_equals_the_oracle_where_a_chunk_takes_several_row_passes(loss):
-    assert_equals_oracle(make_case(13, vocabulary=300_007, width=3), loss, 1e-5, chunk_rows=8)
+    # A float32 product over so many columns is itself off by up to 2e-5 with some libraries, however it is reached.
+    assert_equals_oracle(make_case(13, vocabulary=300_007, width=3), loss, 4e-5, chunk_rows=8)
+    assert_equals_oracle(make_case(13, vocabulary=300_007, width=3, dtype=torch.float64), loss, 1e-13, chunk_rows=8)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
