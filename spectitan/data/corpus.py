@@ -1,19 +1,16 @@
 """Datasets tokenised once: documents -> shards, on all cores, kept in a cache that outlives the run."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import secrets
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from spectitan.config.sections import Data
+from spectitan.data.cached_folder import open_or_make
 from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Document, Found, find_datasets, read_documents, validation_datasets
 from spectitan.data.documents.formats import table_of
 from spectitan.data.encoding import Encoded, encoded
@@ -97,32 +94,15 @@ def tokenise_held_out(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
 
 
 def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> Shards:
-    """Opens the shards in the cache; if they are not there, one process writes them while others that want the same wait."""
+    """The shards in the cache, written now if they are not there."""
     cache = cache_folder(data)
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / _cache_key(dataset, data, part, tokenizer, prompts)
-    shards = _open(folder)
-    if shards is not None:
-        return shards
-    with _locked(folder.with_suffix(".lock"), dataset.name):
-        shards = _open(folder)  # another process may have written them while this one waited
-        if shards is not None:
-            return shards
-        for leftover in cache.glob(f"{folder.name}.*.tmp"):  # of a process that was killed: it holds the lock no more
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = cache / f"{folder.name}.{secrets.token_hex(8)}.tmp"
-        temporary.mkdir()
-        try:
-            _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts))
-            if folder.exists():  # broken
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
-                raise OSError(error.errno, error.strerror, str(cache)) from None
-            raise
-    return Shards(folder)
+
+    def write(temporary: Path) -> None:
+        _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts))
+
+    return open_or_make(folder, folder.with_suffix(".lock"), f"data {dataset.name}: tokenising", _open, write)
 
 
 def cache_folder(data: Data) -> Path:
@@ -174,23 +154,6 @@ def _open(folder: Path) -> Shards | None:
     except BrokenShards as error:
         logger.warning("tokenised data is broken and is made again: %s", error)
         return None
-
-
-@contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """One process at a time, on one machine and over file systems that pass locks on. Ends with the process, however that ends.
-
-    Where a file system has no locks, processes may do the same work twice; renaming keeps the result whole.
-    """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("data %s: waiting for another process that tokenises it", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s)", path, error.strerror)
-        yield
 
 
 def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
