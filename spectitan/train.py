@@ -26,14 +26,14 @@ from spectitan.data.validation import build_validation, check_seq_length
 from spectitan.decoding.acceptance import draft_length, select_prompts, tree_settings
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
-from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_gradient_sync
+from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_all_reduce, set_gradient_sync
 from spectitan.distributed.mesh import Distributed, init_distributed
 from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
 from spectitan.finishing import check_export, finish_run, folders_to_write, paths_to_read
 from spectitan.keyed_random import hash_keys
 from spectitan.models.llama import LlamaConfig
-from spectitan.models.registry import choose_config, get_model
+from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
 from spectitan.speculators.base import Speculator
@@ -165,17 +165,19 @@ class Trainer:
     def _build_model(self) -> None:
         config = self.config
         dtype = self.compute_dtype if config.base.freeze else master_dtype(self.compute_dtype)
-        self.base = get_model(
-            config.base.arch, config.base.variant, self.base_path, init=config.base.init, dtype=dtype, seed=config.job.seed
-        )
+        self.base = get_model(config.base.arch, config.base.variant, self.base_path, init=config.base.init, dtype=dtype, device="meta")
         if config.speculator.type != "none" and not self.fine_tunes:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
-        self.base.to(self.device)
         self.speculator.to(self.device)
         if config.base.activation_checkpointing:
             apply_activation_checkpointing(self.base.layers)
         apply_compile(config.compile.enabled, self.device, self.base.layers)
-        apply_fsdp(self.base, self.speculator, self.world.mesh, self.compute_dtype, freeze_base=config.base.freeze)
+        apply_fsdp(
+            self.base, self.speculator, self.world.mesh, self.compute_dtype,
+            freeze_base=config.base.freeze, speculator_mesh=self.world.speculator_mesh,
+        )  # fmt: skip
+        self.base.to_empty(device=self.device)  # from here on a rank holds its share, and reads no more than that
+        fill_model(self.base, self.base_path, config.base.init, config.job.seed)
         self.source = self.states_of_text = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
         if config.stage2.start_step >= 0:
             self.source = ContinuedStates(
@@ -255,6 +257,7 @@ class Trainer:
         denominators = to_device(denominators, self.device)
         for i, (batch, target) in enumerate(zip(batches, targets)):
             set_gradient_sync([self.speculator], enabled=i == len(batches) - 1)
+            set_all_reduce(self.base, enabled=i == len(batches) - 1)
             batch, target = batch.to(self.device), target.to(self.device)
             states = self.source.states(batch)
             loss = self.objective(batch, states, target, denominators, self.base.readout)
@@ -325,7 +328,10 @@ def train(config: Config, stop: StopSignal) -> None:
     if config.job.deterministic:  # cuBLAS reads the variable when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.job.deterministic)
-    world = init_distributed(config.parallelism.sharding_strategy)
+    parallelism = config.parallelism
+    world = init_distributed(
+        parallelism.sharding_strategy, dp_replicate=parallelism.dp_replicate, shard_speculator=parallelism.shard_speculator
+    )
     try:
         with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
             trainer = Trainer(config, world, run_folder)

@@ -21,6 +21,7 @@ _NOT_ZERO = (
     "stage2.batch_size",
     "objective.chunk_rows",
     "optimizer.base_lr",
+    "parallelism.dp_replicate",
     "eval.num_prompts",
     "eval.num_draft_tokens",
     "eval.n_candidates",
@@ -96,6 +97,11 @@ def _check_training(config: Config) -> None:
         training.global_batch_size == -1 or training.global_batch_size % training.micro_batch_size == 0,
         f"training.global_batch_size = {training.global_batch_size}; allowed: -1, or a multiple of "
         f"training.micro_batch_size = {training.micro_batch_size}",
+    )
+    strategy, replicate = config.parallelism.sharding_strategy, config.parallelism.dp_replicate
+    _require(
+        strategy == "hsdp" or replicate == -1,
+        f"parallelism.dp_replicate = {replicate} with parallelism.sharding_strategy = {strategy}; allowed: -1, or hsdp",
     )
     _check_what_is_trained(config)
     _check_schedule(config)

@@ -42,7 +42,13 @@ class Base:
 
 @dataclass
 class Parallelism:
-    sharding_strategy: str = key("none", "none: one process; fsdp: parameters sharded over all processes", choices=("none", "fsdp"))
+    sharding_strategy: str = key(
+        "none",
+        "none: one process; fsdp: parameters sharded over all processes; hsdp: sharded within groups of them, copied between groups",
+        choices=("none", "fsdp", "hsdp"),
+    )
+    dp_replicate: int = key(-1, "hsdp: copies of the parameters; -1: one a machine", minimum=-1)
+    shard_speculator: bool = key(True, "false: each process holds the whole speculator and its optimizer state")
 
 
 @dataclass

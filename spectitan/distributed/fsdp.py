@@ -5,6 +5,7 @@ because losses are already normalised by global counts. On one rank that compute
 there is nothing to gather, cast or reduce, and each of these would hold another copy of all parameters.
 """
 
+import itertools
 import logging
 import math
 import platform
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Casts parameters in place. Buffers keep their dtype: rotary frequencies, for one, need float32."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _shard(
@@ -96,13 +99,15 @@ def shard_trained(
     Args:
         module: holds full parameters, the same on every rank.
         blocks: its parts that are gathered one at a time; what they leave is gathered with the whole module.
-        mesh: one dimension; of size 1 it only separates masters from compute precision, where they differ.
+        mesh: "shard", or ("replicate", "shard") for copies of what is sharded (HSDP); of size 1 it only separates masters from compute
+            precision, where they differ.
         compute_dtype: dtype of gathered parameters.
         reshard_after_forward: free gathered parameters after the forward and gather them again in the backward.
     """
     cast_parameters(module, master_dtype(compute_dtype))
-    if mesh.size() == 1 and compute_dtype == master_dtype(compute_dtype):
-        module.to(mesh.device_type)
+    is_split = any(isinstance(parameter, DTensor) for parameter in module.parameters())  # FSDP finishes the gradients of what tp splits
+    if mesh.size() == 1 and compute_dtype == master_dtype(compute_dtype) and not is_split:
+        _move(module, torch.device(mesh.device_type))
         return
     _shard(module, blocks, mesh, compute_dtype, reshard_after_forward)
 
@@ -119,7 +124,13 @@ def hold_frozen(module: nn.Module, device: torch.device, compute_dtype: torch.dt
     """A frozen module on one process needs no wrapping: it is held in the compute dtype."""
     module.requires_grad_(False)
     cast_parameters(module, compute_dtype)
-    module.to(device)
+    _move(module, device)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Meta tensors stay: they are made on their device when all is sharded."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.to(device)
 
 
 def apply_fsdp(
@@ -130,6 +141,7 @@ def apply_fsdp(
     *,
     freeze_base: bool,
     speculator_blocks: Iterable[nn.Module] = (),
+    speculator_mesh: DeviceMesh | None = None,
 ) -> None:
     """Places base and speculator on the mesh, in place, each as its use asks.
 
@@ -139,27 +151,47 @@ def apply_fsdp(
     Args:
         base: has `.layers` and `.readout`; full parameters, the same on every rank.
         speculator: may be without parameters (`speculator.type = "none"`).
+        mesh: as `shard_trained`'s.
         speculator_blocks: as `shard_trained`'s blocks.
+        speculator_mesh: the speculator's own mesh; None: the base's.
     """
     device = torch.device(mesh.device_type)
+    blocks = [*base.layers, base.readout]
     if not freeze_base:
-        # On one process there is no memory to win by gathering twice.
-        shard_trained(base, [*base.layers, base.readout], mesh, compute_dtype, reshard_after_forward=mesh.size() > 1)
+        # Where each rank holds all of the base there is no memory to win by gathering twice.
+        shard_trained(base, blocks, mesh, compute_dtype, reshard_after_forward=_shards(mesh) > 1)
         if isinstance(base.readout, FSDPModule):
             base.readout.set_reshard_after_forward(False)  # used at both ends of the step
         register_fsdp_forward_method(base.readout, "call")
-        logger.info("base: trained, %s masters, sharded over %d, computed in %s", master_dtype(compute_dtype), mesh.size(), compute_dtype)
-    elif mesh.size() > 1:
-        shard_frozen(base, [*base.layers, base.readout], mesh, compute_dtype)
+        logger.info("base: trained, %s masters, %s, computed in %s", master_dtype(compute_dtype), _extent(mesh), compute_dtype)
+    elif _shards(mesh) > 1:
+        shard_frozen(base, blocks, mesh, compute_dtype)
         register_fsdp_forward_method(base.readout, "call")
-        logger.info("base: frozen, sharded over %d, held and computed in %s", mesh.size(), compute_dtype)
+        logger.info("base: frozen, %s, held and computed in %s", _extent(mesh), compute_dtype)
     else:
         hold_frozen(base, device, compute_dtype)
         logger.info("base: frozen, held and computed in %s", compute_dtype)
+    _prefetch(blocks)
 
     if any(True for _ in speculator.parameters()):
-        shard_trained(speculator, speculator_blocks, mesh, compute_dtype)
-        logger.info("speculator: %s masters, sharded over %d, computed in %s", master_dtype(compute_dtype), mesh.size(), compute_dtype)
+        speculator_mesh = speculator_mesh or mesh
+        shard_trained(speculator, speculator_blocks, speculator_mesh, compute_dtype)
+        logger.info("speculator: %s masters, %s, computed in %s", master_dtype(compute_dtype), _extent(speculator_mesh), compute_dtype)
+
+
+def _shards(mesh: DeviceMesh) -> int:
+    return mesh.size(-1)
+
+
+def _extent(mesh: DeviceMesh) -> str:
+    return "sharded over " + str(_shards(mesh)) + (f", {mesh.size(0)} copies" if mesh.ndim == 2 else "")
+
+
+def _prefetch(blocks: Sequence[nn.Module]) -> None:
+    """Each block has the next one gathered while it computes. (In the backward FSDP does so by itself.)"""
+    for block, following in itertools.pairwise(blocks):
+        if isinstance(block, FSDPModule):
+            block.set_modules_to_forward_prefetch([following])
 
 
 def gather_frozen(module: nn.Module) -> None:
@@ -191,3 +223,9 @@ def set_gradient_sync(modules: Iterable[nn.Module], enabled: bool) -> None:
     for module in modules:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled)
+
+
+def set_all_reduce(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward sums gradients over the copies of what is sharded (HSDP): needed once an optimizer step."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(enabled)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from spectitan.models.kv_cache import KVCache, Slots
 
@@ -193,13 +194,18 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
-@torch.no_grad()
+def own_part(parameter: nn.Parameter) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank keeps of a parameter that may be sharded: its memory, and its place in the full tensor."""
+    if not isinstance(parameter, DTensor):
+        return parameter.data, tuple(slice(0, size) for size in parameter.shape)
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.data.to_local(), tuple(slice(first, first + size) for first, size in zip(start, shape))
+
+
 def assign(parameter: nn.Parameter, full: Tensor) -> None:
     """Copies a full tensor, the same on every rank, into a parameter that may be sharded."""
-    full = full.to(device=parameter.device, dtype=parameter.dtype)
-    if isinstance(parameter, DTensor):  # src_data_rank=None: every rank has the tensor, nothing is sent
-        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(full)
+    local, place = own_part(parameter)
+    local.copy_(full[place])
 
 
 def draw_normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:

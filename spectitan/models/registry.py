@@ -93,7 +93,7 @@ def get_model(
         path: folder in Hugging Face layout, or spectitan:NAME.
         init: "pretrained" reads the weights in `path`; "random" draws them.
         dtype: of the parameters.
-        device: "meta" gives shapes without weights.
+        device: "meta" gives shapes without weights, to be sharded, made by `to_empty` and filled by `fill_model`.
         seed: of random weights.
 
     Raises:
@@ -108,12 +108,16 @@ def get_model(
     model = model.to(dtype)
     if torch.device(device).type == "meta":
         return model
-    model.to_empty(device=device)
+    fill_model(model.to_empty(device=device), path, init, seed)
+    return model
+
+
+def fill_model(model: nn.Module, path: str | Path = "", init: str = "pretrained", seed: int = 0) -> None:
+    """Gives every parameter of a model, sharded or not, its value. Arguments and errors: see `get_model`."""
     if init == "pretrained":
         load_hf(model, path)
     else:
         model.init_weights(torch.Generator().manual_seed(seed))
-    return model
 
 
 def choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from spectitan.errors import UserError
 from spectitan.files import replace_folder
 from spectitan.models.hf_config import config_to_json, read_config
-from spectitan.models.layers import assign
+from spectitan.models.layers import own_part
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors
 
@@ -60,7 +60,7 @@ def resolve_base_path(path: str | Path) -> Path:
 
 
 def load_hf(model: nn.Module, path: str | Path) -> None:
-    """Fills every parameter of a model, sharded or not, in its own dtype.
+    """Fills every parameter of a model, sharded or not, in its own dtype. A rank reads only the bytes of what it keeps.
 
     Raises:
         UserError: see `locate_tensors`.
@@ -68,11 +68,11 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
     folder = resolve_base_path(path)
     parameters = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
     files = locate_tensors(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, _ignored(model.config))
-    for file in sorted(set(files.values())):
-        with open_tensors(file) as tensors:
-            for name, parameter in parameters.items():
-                if files[name] == file:
-                    assign(parameter, tensors.get_tensor(name))
+    for name, parameter in parameters.items():
+        local, place = own_part(parameter)
+        if local.numel():
+            with open_tensors(files[name]) as tensors:  # anew for each tensor: what is mapped counts as this process's memory
+                local.copy_(tensors.get_slice(name)[place])
 
 
 def save_hf(

@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -25,8 +26,31 @@ def start(program: str, flags: list[str], output: Path, environment: dict[str, s
     return process
 
 
-def _main(program: str, flags: list[str], output: str, environment: dict[str, str], before) -> None:
+def call_in_each(world_size: int, function, *args) -> list[multiprocessing.Process]:
+    """Starts processes that each call function(rank, *args)."""
+    started = [_context.Process(target=function, args=(rank, *args)) for rank in range(world_size)]
+    for process in started:
+        process.start()
+    return started
+
+
+def join(started: list[multiprocessing.Process]) -> list[int | None]:
+    """The exit codes; when one process fails, the others, which would wait for it, are ended."""
+    while any(process.exitcode is None for process in started):
+        if any(process.exitcode for process in started):
+            for process in started:
+                process.kill()
+        multiprocessing.connection.wait([process.sentinel for process in started if process.exitcode is None])
+    return [process.exitcode for process in started]
+
+
+def redirect(output: str) -> None:
+    """What this process prints goes to the end of a file."""
     sys.stdout = sys.stderr = open(output, "a", buffering=1, encoding="utf-8")
+
+
+def _main(program: str, flags: list[str], output: str, environment: dict[str, str], before) -> None:
+    redirect(output)
     os.environ.update(environment)
     if before:
         before()

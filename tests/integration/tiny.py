@@ -87,12 +87,12 @@ def text(number: int) -> str:
     return "\n".join(lines)
 
 
-def make(root: Path) -> Tiny:
+def make(root: Path, config: LlamaConfig = CONFIG) -> Tiny:
     texts = [text(number) for number in range(FILES)]
     for name in ("tokenizer", "data"):
         (root / name).mkdir(parents=True)
     (root / "tokenizer" / "tokenizer.json").write_text(train_bpe(texts, VOCAB), encoding="utf-8")
-    base = EmbedLLaMA(CONFIG)
+    base = EmbedLLaMA(config)
     base.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         base.readout.embedding.weight *= 10  # far from uniform, so that greedy text has no ties

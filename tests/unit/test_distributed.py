@@ -51,9 +51,39 @@ def test_several_processes_without_sharding_are_refused_before_anyone_waits(monk
 
 
 def test_degrees_must_make_up_the_processes():
-    assert ParallelDims.from_strategy("fsdp", 5) == ParallelDims(world_size=5, shard=5)
-    with pytest.raises(UserError, match=r"shard \(2\) must equal the number of processes \(3\)"):
+    with pytest.raises(UserError, match=r"replicate x shard x tp = 1 x 2 x 1 must equal the number of processes \(3\)"):
         ParallelDims(world_size=3, shard=2)
+
+
+@pytest.mark.parametrize(
+    "strategy, world_size, keys, degrees",
+    [
+        ("none", 1, {}, (1, 1, 1)),
+        ("fsdp", 5, {}, (1, 5, 1)),
+        ("fsdp", 12, {"tp_size": 4}, (1, 3, 4)),
+        ("hsdp", 12, {"dp_replicate": 3}, (3, 4, 1)),
+        ("hsdp", 12, {"machines": 2}, (2, 6, 1)),
+        ("hsdp", 12, {"machines": 2, "tp_size": 3}, (2, 2, 3)),
+        ("hsdp", 4, {}, (1, 4, 1)),
+        ("tp", 6, {"tp_size": 6}, (1, 1, 6)),
+        ("tp", 6, {"tp_size": 2}, (3, 1, 2)),
+    ],
+)
+def test_degrees_of_a_strategy(strategy, world_size, keys, degrees):
+    assert ParallelDims.from_strategy(strategy, world_size, **keys).degrees == degrees
+
+
+@pytest.mark.parametrize(
+    "strategy, world_size, keys, message",
+    [
+        ("fsdp", 6, {"tp_size": 4}, "= fsdp: 6 processes were started; allowed: multiples of parallelism.tp_size = 4"),
+        ("tp", 2, {"tp_size": 4}, "= tp: 2 processes were started; allowed: multiples of parallelism.tp_size = 4"),
+        ("hsdp", 6, {"tp_size": 3, "dp_replicate": 4}, "multiples of parallelism.tp_size = 3 x parallelism.dp_replicate = 4"),
+    ],
+)
+def test_degrees_that_do_not_divide_the_processes_are_named(strategy, world_size, keys, message):
+    with pytest.raises(UserError, match=message):
+        ParallelDims.from_strategy(strategy, world_size, **keys)
 
 
 def test_the_device_can_be_chosen(monkeypatch):

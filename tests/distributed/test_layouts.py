@@ -1,0 +1,128 @@
+"""One curve: a run gives the same losses and gradient norms on one process and in every layout, through the trainer.
+
+Each layout's processes start once and make all runs, one after the other, in one process group.
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.loading import free_port
+from spectitan import train
+from tests.integration import processes, tiny
+
+STEPS = 20
+RUN = {"training__num_steps": STEPS, "checkpoint__interval": STEPS, "metrics__report_interval": 1, "training__micro_batch_size": 1}
+RUN |= {"training__compute_dtype": "float64", "eval__at_end": "false", "export__format": "none", "objective__loss": "kl_div"}
+STAGE2 = {"stage2__start_step": 12, "stage2__batch_size": 8, "stage2__prompt_length": 5, "stage2__seq_length": 7}
+JOINT = {"base__freeze": "false", "training__detach_states": "false", "training__speculator_loss_coeff": 0.7}
+KINDS = {
+    "mlp": STAGE2,
+    "lstm": STAGE2 | {"speculator__type": "lstm"},
+    "joint": JOINT,
+    "float32": JOINT | {"training__compute_dtype": "float32", "training__num_steps": 5, "objective__loss": "ce"},
+}
+# Number of processes, [parallelism], and the runs that are made.
+LAYOUTS = {
+    "fsdp_2": (2, {"sharding_strategy": "fsdp"}, KINDS),
+    "fsdp_4": (4, {"sharding_strategy": "fsdp"}, KINDS),
+    "hsdp_2x2": (4, {"sharding_strategy": "hsdp", "dp_replicate": 2}, KINDS),
+    "hsdp_4x1": (4, {"sharding_strategy": "hsdp", "dp_replicate": 4, "shard_speculator": "false"}, ["joint"]),
+}
+# Query heads divide by two, and nothing else does.
+CONFIG = replace(tiny.CONFIG, num_heads=4, num_kv_heads=2)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives by name and by the ranks that take part."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            groups = [group for group in map(self._ranks, args) if group]
+            self.counts[function.overloadpacket.__name__.strip("_"), *groups] += 1
+        return function(*args, **(kwargs or {}))
+
+    def _ranks(self, argument) -> tuple[int, ...]:
+        if not isinstance(argument, torch.ScriptObject):
+            return ()
+        try:
+            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(argument)))
+        except RuntimeError:  # another kind of object: the reduction, say
+            return ()
+
+
+def worker(rank: int, world_size: int, port: int, output: str, runs: list[list[str]]) -> None:
+    """Makes the runs; the last one with its collectives counted, in output.RANK.json."""
+    processes.redirect(f"{output}.{rank}")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    for flags in runs[:-1]:
+        assert train.main(flags) == 0
+    with Collectives() as collectives:
+        assert train.main(runs[-1]) == 0
+    Path(f"{output}.{rank}.json").write_text(json.dumps([[*key, count] for key, count in collectives.counts.items()]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tiny.Tiny:
+    return tiny.make(tmp_path_factory.mktemp("layouts"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def one(world) -> dict[str, list[dict]]:
+    """The reports of one process, by kind."""
+    for kind, changes in KINDS.items():
+        assert train.main(world.flags(world.root / kind, **RUN | changes)) == 0
+    return {kind: tiny.reports(world.root / kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_curve(world, one, layout):
+    world_size, keys, kinds = LAYOUTS[layout]
+    keys = {f"parallelism__{name}": value for name, value in keys.items()}
+    runs = {kind: world.root / f"{kind}_{layout}" for kind in kinds}
+    flags = [world.flags(run, **RUN | keys | KINDS[kind]) for kind, run in runs.items()]
+    output = world.root / layout
+    started = processes.call_in_each(world_size, worker, world_size, free_port(), str(output), flags)
+    codes = processes.join(started)
+    assert codes == [0] * world_size, "".join(Path(f"{output}.{rank}").read_text() for rank in range(world_size))
+    for kind, run in runs.items():
+        compare(tiny.reports(run), one[kind], 1e-9 if kind != "float32" else 1e-5)
+    if layout == "hsdp_2x2":
+        check_collectives_of_hsdp(output)
+
+
+def compare(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+    assert [report["step"] for report in ours] == [report["step"] for report in theirs]
+    for our, their in zip(ours, theirs):
+        assert our["sample_hash"] == their["sample_hash"] and our["supervised_tokens"] == their["supervised_tokens"]
+        for key in ("loss", "grad_norm", *(key for key in their if key in ("base_loss", "base_grad_norm"))):
+            torch.testing.assert_close(
+                torch.tensor(our[key], dtype=torch.float64), torch.tensor(their[key], dtype=torch.float64), rtol=tolerance, atol=0
+            )
+
+
+def check_collectives_of_hsdp(output: Path) -> None:
+    """Gathers and scatters stay within the two groups that shard; gradients are summed over the pairs that hold the same shard."""
+    for rank in range(4):
+        counts = {(name, *map(tuple, groups)): count for name, *groups, count in json.loads(Path(f"{output}.{rank}.json").read_text())}
+        shard, replicate = ((0, 1) if rank < 2 else (2, 3)), ((0, 2) if rank % 2 == 0 else (1, 3))
+        gathers = {key[1]: count for key, count in counts.items() if key[0] == "allgather_base"}
+        scatters = {key[1]: count for key, count in counts.items() if key[0] == "reduce_scatter_base"}
+        assert gathers.keys() == scatters.keys() == {shard}, counts
+        reduced = counts["allreduce", replicate]
+        parts = CONFIG.num_layers + 3  # each layer, the speculator, and the readout in two: at its norm and at its embedding
+        assert reduced == 5 * parts, counts
