@@ -111,7 +111,7 @@ def measure_start(folder: Path, position: int) -> dict:
 
 def empty_cache(folder: Path) -> None:
     """Puts the files out of the page cache; nothing may have them mapped."""
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.rglob("*")):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -59,7 +59,7 @@ def prepare(config: Config, stop: StopSignal) -> None:
         write_prompts(config, tokenizer)
     loader = build_loader(config.data, tokenizer, seed=config.job.seed, global_batch_size=1, micro_batch_size=1)
     held_out = tokenise_held_out(config.data, tokenizer)
-    print(table(loader, held_out, config.data.seq_length))
+    print(table(loader, held_out))
     print(f"{loader.samples_per_epoch:,} samples of {config.data.seq_length} tokens in an epoch; shards are in {cache_folder(config.data)}")
     for _ in range(config.prepare.show):
         print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
@@ -156,6 +156,8 @@ def generate_data(config: Config, tokenizer: Tokenizer, prompts: int) -> None:
         "data": loader.fingerprints,
         "data.weights": config.data.weights,
         "data.seq_length": config.data.seq_length,
+        "data.packing": config.data.packing,
+        "data.overlong": config.data.overlong,
         "job.seed": config.job.seed,
         "prepare.generate_start": start,
         "prepare.generate_samples": samples,
@@ -207,16 +209,17 @@ def _send_result(sending: Connection, function, arguments: tuple) -> None:
     sending.send(result)
 
 
-def table(loader: Loader, held_out: list[TokenisedDataset], seq_length: int) -> str:
-    """One row a dataset: documents, tokens, bytes, share of the samples, held out; below it what rows were, what was dropped and why."""
+def table(loader: Loader, held_out: list[TokenisedDataset]) -> str:
+    """One row a dataset: documents, tokens, bytes, samples, share of the tokens, held out; below it how full samples are, what rows
+    were, what was split or dropped and why."""
     titles = ("dataset", "documents", "tokens", "supervised", "bytes", "bytes/token", "samples", "share", "held-out documents", "tokens")
     rows, notes = [titles], []
     evaluation = {name: shards.meta for name, shards in held_out}
     for name, counts in loader.counts.items():
         rows.append((*_row(name, counts), f"{counts['samples']:,}", f"{loader.shares[name]:.2%}", *_held_out(evaluation.pop(name, None))))
         notes += [f"{name}: {count:,} rows of {kind}" for kind, count in sorted(counts["kinds"].items())]
-        if counts["supervised"] < counts["tokens"] and counts["longest"] > seq_length:
-            notes.append(f"{name}: documents of more than {seq_length} tokens are cut; the longest has {counts['longest']:,}")
+        notes.append(f"{name}: samples are {counts['fill']:.2%} filled; the longest document has {counts['longest']:,} tokens")
+        notes += [f"{name}: {count:,} {what}" for what, count in counts["packed"].items()]
         notes += [f"{name}: {count:,} {what}" for what, count in sorted(counts["noted"].items())]
         notes += [f"{name}: dropped {count:,} ({reason})" for reason, count in sorted(counts["dropped"].items())]
         notes += [f"{name}: skipped {skipped}" for skipped in counts["skipped"]]

@@ -77,6 +77,11 @@ def _check_data(config: Config) -> None:
     datasets, weights = config.data.datasets, config.data.weights
     _require(all(datasets), "data.datasets has an empty name; allowed: sub-folders of data.path")
     _require(len(set(datasets)) == len(datasets), f"data.datasets = {datasets} names one dataset twice")
+    _require(
+        config.data.overlong == "split" or config.data.packing != "concat",
+        f"data.overlong = {config.data.overlong} with data.packing = concat, which cuts documents where samples end; "
+        "allowed: data.packing = best_fit or document",
+    )
     if weights:
         as_many = len(weights) == len(datasets)
         _require(as_many, f"data.weights has {len(weights)} numbers and data.datasets {len(datasets)} names; allowed: as many")

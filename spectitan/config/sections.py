@@ -73,6 +73,18 @@ class Data:
         [], "share of tokens of each of data.datasets, any positive numbers, 0 leaves one out; empty: by size", minimum=0
     )
     seq_length: int = key(2048, "tokens in a sample", minimum=2)
+    packing: str = key(
+        "concat",
+        "how samples are filled. concat: documents joined, and cut at each sample's end; best_fit: whole documents, as many as fit, then "
+        "padding; document: one document, then padding",
+        choices=("concat", "best_fit", "document"),
+    )
+    overlong: str = key(
+        "split",
+        "best_fit and document: of a document longer than a sample, split: every seq_length tokens become a document; truncate: the "
+        "first are kept",
+        choices=("split", "truncate"),
+    )
     holdout: float = key(
         0.0, "share of files (text) or rows (jsonl, parquet) held out for evaluation, chosen by hash", minimum=0, maximum=0.5
     )

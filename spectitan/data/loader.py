@@ -1,5 +1,6 @@
 """Micro-batches of this rank, without end, from any position of the global order; the whole state is that position."""
 
+import logging
 import os
 import signal
 import threading
@@ -13,11 +14,13 @@ from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from spectitan.config.sections import Data
-from spectitan.data.corpus import TokenisedDataset, tokenise_training
-from spectitan.data.order import Place, SampleOrder
-from spectitan.data.packing import PackedDataset
+from spectitan.data.corpus import EmptyDataset, TokenisedDataset, tokenise_training
+from spectitan.data.order import Place, SampleOrder, sample_weights
+from spectitan.data.packing import PackedDataset, describe, packed
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.types import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_BITS = 40  # sample_ids: (dataset << SAMPLE_BITS) + sample
 
@@ -74,9 +77,9 @@ class Loader:
         samples_per_epoch: samples of all datasets that are used, each once.
         datasets: names, by the number that sample_ids begin with.
         counts: for each dataset {"documents", "tokens", "supervised" (tokens that may be targets), "longest" (document, in tokens),
-            "bytes", "samples", "held_out", "kinds": {what rows are: rows}, "dropped": {reason: documents}, "noted": {what: how often},
-            "skipped": names}.
-        shares: share of each dataset in the samples.
+            "bytes", "samples", "fill" (share of the samples' tokens that are no padding), "held_out", "kinds": {what rows are: rows},
+            "dropped": {reason: documents}, "noted": {what: how often}, "packed": {what: how often}, "skipped": names}.
+        shares: share of each dataset in the tokens of the samples, padding left out.
         fingerprints: of each dataset's tokenised text: another if the files, the tokenizer or the choice of documents are; "" for none.
     """
 
@@ -84,23 +87,24 @@ class Loader:
         self, datasets: list[TokenisedDataset], data: Data, *, seed: int, global_batch_size: int, micro_batch_size: int,
         rank: int, world_size: int, position: int,
     ):  # fmt: skip
-        packed = [dataset.shards and PackedDataset(dataset.shards, data.seq_length) for dataset in datasets]
-        sizes = [0 if samples is None else len(samples) for samples in packed]
-        weights = data.weights or sizes
+        samples = [dataset.shards and _packed(dataset, data) for dataset in datasets]
+        sizes = [0 if dataset is None else len(dataset) for dataset in samples]
+        tokens = [0 if dataset is None else dataset.num_tokens for dataset in samples]
+        weights = data.weights or tokens
         self.position = position
         self.samples_per_epoch = sum(sizes)
         self.datasets = [dataset.name for dataset in datasets]
-        self.counts = {dataset.name: _counts(dataset, size) for dataset, size in zip(datasets, sizes)}
+        self.counts = {dataset.name: _counts(dataset, of_dataset) for dataset, of_dataset in zip(datasets, samples)}
         self.fingerprints = {dataset.name: dataset.shards.folder.name if dataset.shards else "" for dataset in datasets}
         self.shares = {name: weight / sum(weights) for name, weight in zip(self.datasets, weights)}
         self._global_batch_size = global_batch_size
         self._micro_batches = global_batch_size // (world_size * micro_batch_size)
         self._handed_out = 0
-        order = SampleOrder(sizes, data.weights or None, seed)
+        order = SampleOrder(sizes, sample_weights(data.weights, sizes, tokens) if data.weights else None, seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata calls it, new PyTorch warns
             batches = StatefulDataLoader(
-                MicroBatches(packed, order, micro_batch_size, data.seq_length),
+                MicroBatches(samples, order, micro_batch_size, data.seq_length),
                 batch_size=None,
                 sampler=PositionSampler(position, global_batch_size, micro_batch_size, rank, world_size),
                 num_workers=data.loader_workers,
@@ -134,7 +138,7 @@ def build_loader(
         position: samples consumed so far over all ranks.
 
     Raises:
-        UserError: as corpus.tokenise_training.
+        UserError: as corpus.tokenise_training; a dataset of which no sample is left.
     """
     assert global_batch_size % (world_size * micro_batch_size) == 0, (global_batch_size, world_size, micro_batch_size)
     datasets = tokenise_training(data, tokenizer)
@@ -144,11 +148,23 @@ def build_loader(
     )  # fmt: skip
 
 
-def _counts(dataset: TokenisedDataset, samples: int) -> dict:
+def _packed(dataset: TokenisedDataset, data: Data) -> PackedDataset:
+    samples = packed(dataset.shards, data, dataset.name)
+    logger.info("data %s: %s", dataset.name, describe(samples, data))
+    if not len(samples):
+        what = f"data.packing = {data.packing}, data.overlong = {data.overlong}, data.seq_length = {data.seq_length}"
+        raise EmptyDataset(f"data {dataset.name}: empty dataset, no sample of it has a token to supervise ({what})")
+    return samples
+
+
+def _counts(dataset: TokenisedDataset, samples: PackedDataset | None) -> dict:
     counts = {"documents": 0, "tokens": 0, "supervised": 0, "longest": 0, "bytes": 0, "held_out": 0}
     counts |= {"kinds": {}, "dropped": {}, "noted": {}, "skipped": []}
-    meta = {"supervised": dataset.shards.num_tokens} | dataset.shards.meta if dataset.shards else {}
-    return {name: meta.get(name, nothing) for name, nothing in counts.items()} | {"samples": samples}
+    if samples is None:
+        return counts | {"samples": 0, "fill": 0.0, "packed": {}}
+    meta = {"supervised": dataset.shards.num_tokens} | dataset.shards.meta
+    counts = {name: meta.get(name, nothing) for name, nothing in counts.items()}
+    return counts | {"samples": len(samples), "fill": float(samples.fill), "packed": samples.counts}
 
 
 def _as_it_is(batch: TokenBatch) -> TokenBatch:

@@ -60,24 +60,39 @@ def _hashed(x, key: int):
     return ((x ^ (x >> 32)) * _STEP) & _MASK
 
 
+def exact(weight: float | Fraction) -> Fraction:
+    """The number that a weight is written as, not the nearest binary one."""
+    return weight if isinstance(weight, Fraction) else Fraction(repr(float(weight)))
+
+
+def sample_weights(weights: Sequence[float], sizes: Sequence[int], tokens: Sequence[int]) -> list[Fraction]:
+    """Shares of samples that give the datasets shares of tokens: each weight, divided by the tokens in a sample.
+
+    Args:
+        weights: share of tokens of each dataset; 0 leaves one out.
+        sizes, tokens: samples of each dataset, and tokens in all of them.
+    """
+    return [exact(weight) * size / count if weight else Fraction(0) for weight, size, count in zip(weights, sizes, tokens)]
+
+
 class SampleOrder:
     """Sample i of a run, for any i >= 0, in constant time.
 
     Args:
         sizes: samples of each dataset.
-        weights: share of each dataset, any positive numbers; 0 leaves one out. None: by size, so that
+        weights: share of each dataset in the samples, any positive numbers; 0 leaves one out. None: by size, so that
             sum(sizes) consecutive samples from a multiple of that sum are each sample once.
         seed: of the permutations.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
-        exact = [Fraction(size) for size in sizes] if weights is None else [Fraction(repr(float(weight))) for weight in weights]
-        used = sorted((k for k, weight in enumerate(exact) if weight > 0), key=lambda k: (-exact[k], k))
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float | Fraction] | None, seed: int):
+        shares = [Fraction(size) for size in sizes] if weights is None else list(map(exact, weights))
+        used = sorted((k for k, share in enumerate(shares) if share > 0), key=lambda k: (-shares[k], k))
         self._sizes, self._seed = list(sizes), seed
         # A chain of two-way splits, heaviest dataset first: of the first n samples that reach a split, round(n * share) go to its
         # dataset and the rest on. Each such count grows by 0 or 1 with n, so it says where sample n itself goes.
-        remaining = [sum(exact[k] for k in used[position:]) for position in range(len(used))]
-        self._splits = [(k, (exact[k] / rest).numerator, (exact[k] / rest).denominator) for k, rest in zip(used, remaining)]
+        remaining = [sum(shares[k] for k in used[position:]) for position in range(len(used))]
+        self._splits = [(k, (shares[k] / rest).numerator, (shares[k] / rest).denominator) for k, rest in zip(used, remaining)]
         self._keys: dict[tuple[int, int], int] = {}
 
     def __getitem__(self, i: int) -> Place:

@@ -1,50 +1,151 @@
-"""Samples by concatenation: the documents of a dataset, in their fixed order, as one stream that is cut every seq_length tokens."""
+"""Samples of a dataset: rows of seq_length tokens, filled with documents as data.packing says."""
+
+import json
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from spectitan.config.sections import Data
+from spectitan.data.cached_folder import open_or_make
+from spectitan.data.packing_index import write_index
 from spectitan.data.shards import Shards
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1  # of the index
+
+
+class BrokenIndex(ValueError):
+    """A packing's folder that is not as it was written."""
+
+
+class Packing(NamedTuple):
+    """What decides the samples of given shards."""
+
+    packing: str
+    overlong: str
+    seq_length: int
+
+    @property
+    def folder(self) -> str:
+        return "-".join(map(str, ("packing", _VERSION, *self)))
 
 
 class PackedDataset:
     """Samples of one dataset, the same in every epoch and for every seed.
 
-    Every token of the dataset stands in exactly one sample; only the last one is padded. A document that is cut goes on in the
-    next sample as a document of its own: of a chat that is cut, the rest of an answer is supervised without what came before it.
+    concat: the documents, in their fixed order, are one stream that is cut every seq_length tokens. Every token stands in exactly one
+    sample, and only the last one is padded. A document that is cut goes on in the next sample as a document of its own: of a chat
+    that is cut, the rest of an answer is supervised without what came before it.
+
+    best_fit, document: a sample holds whole documents, several or one, and what is left of it is padding. Of a document that is
+    longer than a sample, every seq_length tokens are a document of their own, or the first are all that is used.
+
+    Pickles as its folders, so that worker processes map the files themselves.
+
+    Attributes:
+        num_tokens: in all samples, padding left out.
+        counts: what happened to documents -> how often.
     """
 
-    def __init__(self, shards: Shards, seq_length: int):
-        self._shards, self._seq_length = shards, seq_length
+    def __init__(self, shards: Shards, packing: Packing):
+        self._shards, self._packing = shards, packing
+        folder = shards.folder / packing.folder
+        try:
+            meta = json.loads((folder / "meta.json").read_bytes())
+            if {name: (folder / name).stat().st_size for name in meta["files"]} != meta["files"]:
+                raise BrokenIndex(f"{folder}: files are not as long as they were")
+            self._samples, self.num_tokens, self.counts = meta["samples"], meta["tokens"], meta["counts"]
+            if packing.packing != "concat" and self._samples:
+                self._rows, self._begins, self._lengths = (
+                    np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
+                    for name in ("rows", "begins", "lengths")
+                )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenIndex(f"{folder}: {error}") from None
+
+    def __reduce__(self):
+        return PackedDataset, (self._shards, self._packing)
 
     def __len__(self) -> int:
-        return -(-self._shards.num_tokens // self._seq_length)
+        return self._samples
 
     @property
     def masked(self) -> bool:
         """Whether any token is kept from being a target."""
         return self._shards.masked
 
+    @property
+    def fill(self) -> Fraction:
+        """Share of the samples' tokens that are no padding; 0 where there is no sample."""
+        return Fraction(self.num_tokens, max(1, self._samples * self._packing.seq_length))
+
     def read_into(self, sample: int, tokens: np.ndarray, documents: np.ndarray, mask: np.ndarray | None) -> None:
         """Fills [seq_length] arrays.
 
         Args:
             tokens: int64, the ids; 0 in the padding.
-            documents: int64, 0, 1, 2, ... for the parts of documents; -1 in the padding.
+            documents: int64, 0, 1, 2, ... for the parts of documents; -1 in the padding, which is at the end.
             mask: bool, whether the token may be a target; the padding is left as it is. None, if it is not wanted.
         """
-        shards = self._shards
-        begin = sample * self._seq_length
-        end = min(begin + self._seq_length, shards.num_tokens)
-        row = int(np.searchsorted(shards.stream, begin, side="right")) - 1
-        position, ordinal = begin, 0
-        while position < end:
-            document_begin, document_end = int(shards.stream[row]), int(shards.stream[row + 1])
-            length = min(document_end, end) - position
-            offset = int(shards.offsets[shards.order[row]]) + position - document_begin
-            filled = slice(position - begin, position - begin + length)
+        shards, end = self._shards, 0
+        for ordinal, (offset, length) in enumerate(self._parts(sample)):
+            filled = slice(end, end + length)
             tokens[filled] = shards.read(offset, offset + length)
             documents[filled] = ordinal
             if mask is not None:
                 mask[filled] = shards.read_mask(offset, offset + length)
-            position, row, ordinal = position + length, row + 1, ordinal + 1
-        tokens[end - begin :] = 0
-        documents[end - begin :] = -1
+            end += length
+        tokens[end:] = 0
+        documents[end:] = -1
+
+    def _parts(self, sample: int) -> list[tuple[int, int]]:
+        """Where the parts of documents in a sample begin in all of the ids, and their lengths."""
+        if self._packing.packing == "concat":
+            return self._cut(sample)
+        row = slice(int(self._rows[sample]), int(self._rows[sample + 1]))
+        return list(zip(self._begins[row].tolist(), self._lengths[row].tolist()))
+
+    def _cut(self, sample: int) -> list[tuple[int, int]]:
+        shards, parts = self._shards, []
+        position = sample * self._packing.seq_length
+        end = min(position + self._packing.seq_length, shards.num_tokens)
+        row = int(np.searchsorted(shards.stream, position, side="right")) - 1
+        while position < end:
+            document_begin, document_end = int(shards.stream[row]), int(shards.stream[row + 1])
+            length = min(document_end, end) - position
+            parts.append((int(shards.offsets[shards.order[row]]) + position - document_begin, length))
+            position, row = position + length, row + 1
+        return parts
+
+
+def packed(shards: Shards, data: Data, name: str) -> PackedDataset:
+    """The samples of shards, by data.packing, data.overlong and data.seq_length: from the cache, or worked out now.
+
+    Args:
+        name: of the dataset, for the log.
+    """
+    packing = Packing(data.packing, data.overlong, data.seq_length)
+
+    def open_index(folder: Path) -> PackedDataset | None:
+        if not folder.exists():
+            return None
+        try:
+            return PackedDataset(shards, packing)
+        except BrokenIndex as error:
+            logger.warning("the packing of data %s is broken and is made again: %s", name, error)
+            return None
+
+    def write(temporary: Path) -> None:
+        write_index(temporary, shards, *packing)
+
+    return open_or_make(shards.folder / packing.folder, shards.folder / "packing.lock", f"data {name}: packing", open_index, write)
+
+
+def describe(samples: PackedDataset, data: Data) -> str:
+    """One line: samples, how full they are, what happened to documents."""
+    parts = [f"{len(samples):,} samples of {data.seq_length} tokens ({data.packing}), {float(samples.fill):.2%} of them filled"]
+    return ", ".join(parts + [f"{count:,} {what}" for what, count in samples.counts.items()])

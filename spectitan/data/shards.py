@@ -7,6 +7,7 @@
     offsets.npy                int64 [documents + 1], where each document begins in all of the ids
     order.npy                  int64 [documents], the documents permuted, once and for all
     stream.npy                 int64 [documents + 1], where each permuted document begins in the stream that samples are cut from
+    packing-*/                 indexes of samples, see packing_index.py; not the writer's
 
 Everything is read through memory maps; nothing grows with the corpus but the files.
 """
@@ -68,15 +69,26 @@ class Shards:
     def num_tokens(self) -> int:
         return self._file_starts[-1]
 
+    def _file_of(self, start: int) -> int:
+        return bisect_right(self._file_starts, start, hi=len(self.tokens)) - 1
+
+    def file_end(self, start: int) -> int:
+        """Where the file ends that the id at `start` is in."""
+        return self._file_starts[self._file_of(start) + 1]
+
+    def file_masked(self, start: int) -> bool:
+        """Whether some ids of that file may be no targets."""
+        return self._masks[self._file_of(start)] is not None
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """ids [start, stop) of one document, by their place in all of the ids; a view of the map."""
-        file = bisect_right(self._file_starts, start) - 1
+        file = self._file_of(start)
         first = self._file_starts[file]
         return self.tokens[file][start - first : stop - first]
 
     def read_mask(self, start: int, stop: int) -> np.ndarray | bool:
-        """bool [stop - start], whether those ids may be targets; True where all of the file may."""
-        file = bisect_right(self._file_starts, start) - 1
+        """bool [stop - start], whether those ids, of one file, may be targets; True where all of the file may."""
+        file = self._file_of(start)
         mask, first = self._masks[file], self._file_starts[file]
         if mask is None:
             return True

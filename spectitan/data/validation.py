@@ -1,10 +1,10 @@
 """Held-out text as batches: files that no training shard contains."""
 
 from spectitan.config.sections import Data
-from spectitan.data.corpus import tokenise_held_out
+from spectitan.data.corpus import EmptyDataset, tokenise_held_out
 from spectitan.data.loader import collate
 from spectitan.data.order import SampleOrder
-from spectitan.data.packing import PackedDataset
+from spectitan.data.packing import packed
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
 from spectitan.types import TokenBatch
@@ -25,13 +25,15 @@ def build_validation(data: Data, tokenizer: Tokenizer, num_samples: int, micro_b
     their sizes, whatever data.weights.
 
     Raises:
-        UserError: as corpus.tokenise_held_out.
+        UserError: as corpus.tokenise_held_out; packing leaves no sample.
     """
     datasets = tokenise_held_out(data, tokenizer) if num_samples > 0 else []
     if not datasets:
         return []
-    packed = [PackedDataset(dataset.shards, data.seq_length) for dataset in datasets]
-    sizes = [len(samples) for samples in packed]
+    samples = [packed(dataset.shards, data, f"{dataset.name} (held out)") for dataset in datasets]
+    sizes = [len(dataset) for dataset in samples]
+    if not any(sizes):
+        raise EmptyDataset(f"no held-out document has a token to supervise with data.packing = {data.packing}")
     order, num_samples = SampleOrder(sizes, None, _SEED), min(num_samples, sum(sizes))
     batches = [range(first, min(first + micro_batch_size, num_samples)) for first in range(0, num_samples, micro_batch_size)]
-    return [collate(packed, [order[i] for i in index], index, data.seq_length) for index in batches]
+    return [collate(samples, [order[i] for i in index], index, data.seq_length) for index in batches]

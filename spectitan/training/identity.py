@@ -20,6 +20,8 @@ MUST_MATCH = (
     "data.datasets",
     "data.weights",
     "data.seq_length",
+    "data.packing",
+    "data.overlong",
     "training.global_batch_size",
     "stage2.batch_size",  # these five between runs that both have a second stage; when it begins may change
     "stage2.prompt_length",
@@ -29,6 +31,7 @@ MUST_MATCH = (
     "job.seed",
     "optimizer.name",
 )
+_BEFORE_THE_KEY = {"data.packing": "concat", "data.overlong": "split"}  # what runs did before there were these keys
 _BASE = ("base.identity", "base.config.")  # what makes it another base; beginnings of keys
 
 
@@ -62,6 +65,7 @@ def check_identity(saved: dict[str, object], current: dict[str, object]) -> None
     """
     if -1 in (values.get("stage2.start_step", -1) for values in (saved, current)):
         saved, current = _without_stage2(saved), _without_stage2(current)
+    saved = {key: value for key, value in _BEFORE_THE_KEY.items() if key in current} | saved
     absent = object()
     changed = []
     allowed = _BASE if current.get("base.allow_other") else ()

@@ -49,7 +49,9 @@ def test_prepare_shows_what_was_found_and_what_is_supervised(world, tmp_path, ca
     supervised = sum(map(len, answers)) + 13 * ends
     assert cells[1:4] == ["13", f"{sum(lengths) + 13 * ends:,}", f"{supervised:,}"]
     assert "questions.parquet: 13 rows of prompt and response" in output
-    assert f"documents of more than 20 tokens are cut; the longest has {max(lengths) + ends}" in output
+    fill = (sum(lengths) + 13 * ends) / (-(-(sum(lengths) + 13 * ends) // 20) * 20)
+    assert f"samples are {fill:.2%} filled; the longest document has {max(lengths) + ends} tokens" in output
+    assert " documents split" in output
     assert "dropped 7 (empty 'extra' (data.response_key))" in output
     example = output[output.index("--- document") :]
     assert "[[[user]größe" in example and "[assistant]]]count" in example

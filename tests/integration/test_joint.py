@@ -21,7 +21,7 @@ from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.training.checkpoint import read_tensors
 from spectitan.training.schedule import learning_rate_multiplier
 from tests.integration import processes, tiny
-from tests.integration.test_train import NO_END, documents_of, plain_loss
+from tests.integration.test_train import NO_END, documents_of, lines, plain_loss
 
 JOINT = {"base__freeze": "false", "training__max_grad_norm": 0.3, "metrics__report_interval": 1, "checkpoint__keep_latest_k": 0}
 STEPS = 7
@@ -110,11 +110,14 @@ def plain_joint_training(flags: list[str]) -> tuple[dict, list[list[float]]]:
     return parameters | {f"speculator.{name}": parameter.data for name, parameter in speculator.named_parameters()}, losses
 
 
-@pytest.mark.parametrize("detach, micro_batch_size", [("true", 4), ("false", 1)])
-def test_joint_training_equals_a_plain_loop(world, tmp_path, detach, micro_batch_size):
+@pytest.mark.parametrize("detach, micro_batch_size, packing", [("true", 4, "concat"), ("false", 1, "concat"), ("false", 2, "document")])
+def test_joint_training_equals_a_plain_loop(world, tmp_path, detach, micro_batch_size, packing):
     changes = JOINT | NO_END | {"training__compute_dtype": "float64", "training__num_steps": 3, "training__detach_states": detach}
     changes |= {"training__speculator_loss_coeff": 0.7, "optimizer__base_lr": 0.003, "optimizer__weight_decay": 0.6}
-    flags = world.flags(tmp_path / "run", **changes, training__micro_batch_size=micro_batch_size)
+    changes |= {"training__micro_batch_size": micro_batch_size, "data__packing": packing}
+    if packing == "document":  # of short ones: rows are mostly padding
+        changes |= {"data__path": lines(world, tmp_path)}
+    flags = world.flags(tmp_path / "run", **changes)
     expected, losses = plain_joint_training(flags)
     assert train.main(flags) == 0
     reports = tiny.reports(tmp_path / "run")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +184,33 @@ def test_training_equals_a_plain_loop_however_a_batch_is_cut(world, tmp_path, ki
         assert saved.keys() == parameters.keys()
         for name, parameter in parameters.items():
             torch.testing.assert_close(saved[name], parameter.data, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def lines(world, folder: Path) -> Path:
+    """The first lines of the texts as short documents."""
+    texts = [line for path in sorted((world.root / "data").iterdir()) for line in path.read_text().splitlines()[1:9] if line]
+    folder.mkdir(exist_ok=True)
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder / "lines.jsonl"
+
+
+@pytest.mark.parametrize(("packing", "kind"), [("best_fit", {}), ("document", LSTM), ("document", tiny.BASE_ALONE)], ids=["mlp", "lstm", "base"])
+def test_rows_with_padding_train_like_their_documents_alone(world, tmp_path, packing, kind):
+    changes = kind | NO_END | {"training__compute_dtype": "float64", "metrics__report_interval": 1, "training__num_steps": 3}
+    changes |= {"data__path": lines(world, tmp_path), "data__packing": packing, "data__seq_length": 37}
+    flags = world.flags(tmp_path / "run", **changes)
+    trained, values = plain_training(flags)
+    assert train.main(flags) == 0
+    torch.testing.assert_close(losses(tmp_path / "run").sum(1), torch.tensor(values, dtype=torch.float64), rtol=1e-9, atol=0)
+    saved = read_tensors(tiny.checkpoint(tmp_path / "run", 3))
+    for name, parameter in trained.named_parameters():
+        part = "base." if kind is tiny.BASE_ALONE else "speculator."
+        torch.testing.assert_close(saved[part + name], parameter.data, rtol=1e-9, atol=1e-12, msg=name)
+    config = load(flags, "train", SPECULATOR_CONFIGS)
+    batch = next(build_loader(config.data, load_tokenizer(config.base.path), seed=42, global_batch_size=4, micro_batch_size=4))
+    padding = (batch.document_ids < 0).sum(1)
+    assert bool((padding > 0).any()) and (packing == "document") == (len(list(documents_of(batch))) == 4)
+    assert sum(tiny.reports(tmp_path / "run")[0]["tokens_by_dataset"].values()) == 4 * 37 - int(padding.sum())
 
 
 # ---- precision, objectives, lengths ----

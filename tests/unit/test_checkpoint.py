@@ -377,6 +377,17 @@ def test_identity_names_the_key_and_logs_the_rest(caplog):
         check_identity(saved, {key: value for key, value in saved.items() if key != "data.weights"})
 
 
+def test_another_packing_is_another_run():
+    saved = {"data.packing": "best_fit", "data.overlong": "split"}
+    check_identity(saved, dict(saved))
+    for key, value in (("data.packing", "document"), ("data.overlong", "truncate")):
+        with pytest.raises(UserError, match=f"^{key} was '{saved[key]}' in the checkpoint and is '{value}' now: set it back"):
+            check_identity(saved, saved | {key: value})
+    with pytest.raises(UserError, match="^data.packing was 'concat' in the checkpoint"):  # written before there was the key
+        check_identity({}, saved)
+    check_identity({}, {"data.packing": "concat", "data.overlong": "split"})
+
+
 def test_identity_of_a_second_stage(caplog):
     """Its keys must match between runs that both have one; when it begins may change, from never and to never too."""
     never, early, late = ({"stage2.start_step": start, "stage2.top_k": 10} for start in (-1, 0, 700))

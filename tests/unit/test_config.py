@@ -240,6 +240,7 @@ def test_family_in_file_must_be_known(toml_file):
         (["--data.weights", "1,2", "--data.datasets", "a,b,c"], ["data.weights", "data.datasets"]),
         (["--data.weights", "0,0", "--data.datasets", "a,b"], ["data.weights"]),
         (["--data.datasets", "a,b,a"], ["data.datasets"]),
+        (["--data.overlong", "truncate"], ["data.overlong = truncate", "data.packing = concat", "best_fit or document"]),
         (["--data.datasets", "a,,b"], ["data.datasets"]),
         (["--optimizer.base_lr", "1e-5"], ["optimizer.base_lr = 1e-05", "base.freeze = false"]),
         (["--optimizer.base_lr", "0", "--base.freeze=false"], ["optimizer.base_lr = 0", "-1, or above 0"]),
@@ -290,6 +291,7 @@ def test_what_other_programs_need(program, flags, named):
         ("train", [*TRAINED, "--training.epochs=0.1", "--speculator.type=none", "--base.freeze=false", "--base.init=random"]),
         ("train", [*TRAINED, "--training.num_steps=9", "--lr_scheduler.type=two_stage", "--stage2.start_step=8"]),
         ("train", [*TRAINED, "--training.epochs=1", "--stage2.start_step=0"]),
+        ("prepare", ["--base.path", "b", "--data.path", "d", "--data.packing=document", "--data.overlong=truncate"]),
     ],
 )
 def test_what_is_enough(program, flags):

@@ -11,10 +11,11 @@ import psutil
 import pytest
 import torch
 
+from spectitan.config.sections import Data
 from spectitan.data.corpus import tokenise_training
 from spectitan.data.loader import Loader, build_loader, collate
 from spectitan.data.order import Place
-from spectitan.data.packing import PackedDataset
+from spectitan.data.packing import packed
 from spectitan.data.shards import Shards, ShardWriter
 from spectitan.data.validation import build_validation
 from spectitan.types import TokenBatch
@@ -51,14 +52,14 @@ def test_packing_is_the_documents_in_their_order_cut_every_seq_length(folder, se
         ids = documents_of(shards)[document]
         stream += ids
         owners += [ordinal] * len(ids)
-    packed = PackedDataset(shards, seq_length)
-    assert len(packed) == -(-len(stream) // seq_length)
-    for sample in range(len(packed)):
+    samples = packed(shards, data, "text")
+    assert len(samples) == -(-len(stream) // seq_length)
+    for sample in range(len(samples)):
         tokens, documents = np.full((2, seq_length), 77)
         mask = np.zeros(seq_length, bool)
-        packed.read_into(sample, tokens, documents, mask)
+        samples.read_into(sample, tokens, documents, mask)
         unmasked = np.zeros_like(tokens), np.zeros_like(documents)
-        packed.read_into(sample, *unmasked, None)
+        samples.read_into(sample, *unmasked, None)
         assert (unmasked[0] == tokens).all() and (unmasked[1] == documents).all()
         expected = stream[sample * seq_length : (sample + 1) * seq_length]
         owner = owners[sample * seq_length : (sample + 1) * seq_length]
@@ -66,7 +67,7 @@ def test_packing_is_the_documents_in_their_order_cut_every_seq_length(folder, se
         assert tokens.tolist() == expected + [0] * padding
         assert documents.tolist() == [document - owner[0] for document in owner] + [-1] * padding
         assert mask.tolist() == [True] * len(expected) + [False] * padding
-        assert padding == 0 or sample == len(packed) - 1
+        assert padding == 0 or sample == len(samples) - 1
 
 
 @pytest.mark.parametrize("seq_length", [2, 17, 100_000])
@@ -77,8 +78,8 @@ def test_masks_are_packed_with_their_ids(tmp_path, seq_length):
         ids = generator.integers(0, 150, length).astype(np.uint32)
         writer.add(2 * ids + 1, None) if length % 3 else writer.add(2 * ids, np.zeros(length, bool))  # an odd id is supervised
     writer.finish({})
-    packed = PackedDataset(Shards(tmp_path), seq_length)
-    batch = collate([packed], [Place(0, sample) for sample in range(len(packed))], range(len(packed)), seq_length)
+    samples = packed(Shards(tmp_path), Data(seq_length=seq_length), "text")
+    batch = collate([samples], [Place(0, sample) for sample in range(len(samples))], range(len(samples)), seq_length)
     assert torch.equal(batch.loss_mask, (batch.tokens % 2 == 1) & (batch.document_ids >= 0)) and (batch.tokens % 2).any()
 
 
@@ -115,22 +116,39 @@ def test_batches_are_what_the_trainer_was_promised(folder):
     assert all(0 <= sample < sizes[dataset] for dataset, sample in zip(datasets.tolist(), samples.tolist()))
 
 
+PACKINGS = {"concat": {}} | {
+    f"{packing}, {overlong}": {"packing": packing, "overlong": overlong}
+    for packing in ("best_fit", "document")
+    for overlong in ("split", "truncate")
+}
+each_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+
+
+@each_packing
 @pytest.mark.parametrize("datasets", [[], ["a", "b"]])
-def test_every_token_of_an_epoch_exactly_once(folder, datasets):
-    data = make_data(folder, datasets=datasets)
+def test_every_token_of_an_epoch_exactly_once(folder, datasets, packing):
+    data = make_data(folder, datasets=datasets, **packing)
     tokenizer = ByteTokenizer()
     loader = load(data)
+    documents = [tokenizer.document(tokenizer.encode(file.read_text())) for file in sorted((folder / "text").rglob("*.txt"))]
+    if packing:  # of what does not fit, each row is a part, or the first is all; one token alone cannot be supervised
+        rows = [ids[i : i + 17] for ids in documents for i in (range(0, len(ids), 17) if packing["overlong"] == "split" else [0])]
+        lost = Counter(i for ids in documents for i in ids) - Counter(i for ids in rows for i in ids if len(ids) > 1)
+    else:
+        lost = Counter()
     for _ in range(2):
         epoch = [next(loader) for _ in range(loader.samples_per_epoch)]
         used = Counter(torch.cat([batch.tokens[batch.loss_mask] for batch in epoch]).tolist())
-        files = sorted((folder / "text").rglob("*.txt"))
-        assert used == Counter(i for file in files for i in tokenizer.document(tokenizer.encode(file.read_text())))
+        assert used + lost == Counter(i for ids in documents for i in ids)
         assert len({int(batch.sample_ids) for batch in epoch}) == len(epoch) == sum(c["samples"] for c in loader.counts.values())
-    assert sum(counts["tokens"] for counts in loader.counts.values()) == sum(used.values())
+    counted = [sum(c["packed"].get(f"tokens {what}", 0) for c in loader.counts.values()) for what in ("cut off them", "left out with them")]
+    assert sum(counted) == sum(lost.values()) and (counted[0] > 0) == (packing.get("overlong") == "truncate")
+    assert sum(counts["tokens"] for counts in loader.counts.values()) == sum(used.values()) + sum(counted)
 
 
-def test_samples_keep_their_number_whatever_the_seed_and_epoch(folder):
-    data = make_data(folder)
+@each_packing
+def test_samples_keep_their_number_whatever_the_seed_and_epoch(folder, packing):
+    data = make_data(folder, **packing)
     first, second = (load(data, seed=seed) for seed in (1, 2))
     tokens, orders = {}, []
     for loader in (first, second):
@@ -142,14 +160,18 @@ def test_samples_keep_their_number_whatever_the_seed_and_epoch(folder):
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+LAYOUTS = [(world_size, workers, "concat") for world_size in (1, 2, 3, 4) for workers in (0, 1, 3)]
+LAYOUTS += [(*layout, packing) for layout in ((1, 3), (2, 1), (3, 0), (4, 3)) for packing in ("best_fit, split", "document, truncate")]
+
+
+@pytest.mark.parametrize(("world_size", "workers", "packing"), LAYOUTS)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_one_global_order_on_any_number_of_ranks_and_workers(folder, world_size, workers):
-    alone = load(make_data(folder, datasets=["a", "b"], weights=[1, 3]))
+def test_one_global_order_on_any_number_of_ranks_and_workers(folder, world_size, workers, packing):
+    mixture = {"datasets": ["a", "b"], "weights": [1, 3]} | PACKINGS[packing]
+    alone = load(make_data(folder, **mixture))
     expected = rows(next(alone) for _ in range(48))
 
-    data = make_data(folder, datasets=["a", "b"], weights=[1, 3], loader_workers=workers)
+    data = make_data(folder, **mixture, loader_workers=workers)
     global_batch_size, micro_batch_size = 24, 2
     micro_batches = global_batch_size // (world_size * micro_batch_size)
     seen = []
@@ -167,9 +189,10 @@ def test_one_global_order_on_any_number_of_ranks_and_workers(folder, world_size,
     assert sorted(seen, key=lambda row: row[3]) == expected
 
 
+@each_packing
 @pytest.mark.parametrize("position", [1, 13, 50, 59, 200])
-def test_resuming_at_any_sample_goes_on_as_if_nothing_had_happened(folder, position):
-    data = make_data(folder, datasets=["a", "b"])
+def test_resuming_at_any_sample_goes_on_as_if_nothing_had_happened(folder, position, packing):
+    data = make_data(folder, datasets=["a", "b"], **packing)
     loader = load(data)
     expected = rows(next(loader) for _ in range(position + 20))[position:]
     resumed = load(data, position=position)
@@ -177,8 +200,9 @@ def test_resuming_at_any_sample_goes_on_as_if_nothing_had_happened(folder, posit
     assert rows(next(resumed) for _ in range(20)) == expected
 
 
-def test_resuming_costs_the_same_anywhere(folder):
-    data = make_data(folder)
+@each_packing
+def test_resuming_costs_the_same_anywhere(folder, packing):
+    data = make_data(folder, **packing)
 
     def seconds(position):
         begin = time.process_time()
@@ -189,14 +213,24 @@ def test_resuming_costs_the_same_anywhere(folder):
     assert far < 4 * near
 
 
-def test_shares_of_tokens_hold_within_a_thousandth_over_ten_thousand_samples(folder):
+@each_packing
+def test_shares_of_tokens_hold_within_a_thousandth_over_ten_thousand_samples(folder, packing):
     weights = [0.29, 0.71]
-    loader = load(make_data(folder, datasets=["a", "b"], weights=weights), global_batch_size=100, micro_batch_size=100)
-    counts = np.zeros(2)
+    data = make_data(folder, datasets=["a", "b"], weights=weights, seq_length=97, **packing)
+    loader = load(data, global_batch_size=100, micro_batch_size=100)
+    tokens, samples = np.zeros((2, 2))
     for _ in range(100):
-        counts += np.bincount((next(loader).sample_ids >> 40).numpy(), minlength=2)
-    assert np.abs(counts / 10_000 - weights).max() < 0.001
+        batch = next(loader)
+        datasets = (batch.sample_ids >> 40).numpy()
+        samples += np.bincount(datasets, minlength=2)
+        tokens += np.bincount(datasets, (batch.document_ids >= 0).sum(1).numpy(), minlength=2)
+    assert np.abs(tokens / tokens.sum() - weights).max() < 0.001
     assert list(loader.shares.values()) == pytest.approx(weights)
+    # To the sample: the weights divided by the share of each dataset's rows that is no padding.
+    fills = [loader.counts[name]["fill"] for name in "ab"]
+    assert samples[1] == round(10_000 * weights[1] / fills[1] / (weights[0] / fills[0] + weights[1] / fills[1]))
+    if packing.get("packing") == "document":
+        assert abs(fills[0] - fills[1]) > 0.02 and abs(samples[1] / 10_000 - weights[1]) > 0.003, "or the test could not fail"
 
 
 def test_a_dataset_of_weight_zero_is_not_even_tokenised(folder, tmp_path):

@@ -1,0 +1,160 @@
+"""The index of a packing: which parts of documents each sample holds. Made once for shards and keys, and kept beside the shards.
+
+    meta.json          "samples", "tokens" (in all of them) and "counts" {what happened to documents: how often}
+    rows.npy           int64 [samples + 1], where each sample's parts begin in the next two; these three not for concatenation
+    begins.npy         int64 [parts], where a part begins in all of the ids of the shards
+    lengths.npy        int32 [parts], its tokens
+
+While it is made, memory is that of the files' maps, 20 bytes a part and 8 a sample, of which the system may put out what is not in use.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from spectitan.data.best_fit import Placed, best_fit, one_a_row
+from spectitan.data.order import permuted
+from spectitan.data.shards import Shards
+from spectitan.files import sync
+from spectitan.keyed_random import hash_keys
+
+_PLANS = {"best_fit": best_fit, "document": one_a_row}
+_BLOCK_DOCUMENTS = 2**18  # cut at once
+_BLOCK_PARTS = 2**20
+_BLOCK_TOKENS = 2**24  # of masks
+_ITEM_KEY = 0x17E45A1B  # chooses which of the parts of one length share rows with which others
+
+
+def write_index(folder: Path, shards: Shards, packing: str, overlong: str, seq_length: int) -> None:
+    """Fills an empty folder; everything has reached the disk when this returns."""
+    if packing == "concat":
+        meta = _concatenation(shards, seq_length)
+    else:
+        meta = _whole_documents(folder, shards, packing, overlong, seq_length)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / "meta.json").write_text(json.dumps(meta | {"files": sizes}, indent=1))
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+
+
+def _concatenation(shards: Shards, seq_length: int) -> dict:
+    split = 0
+    for start in range(0, len(shards.order), _BLOCK_PARTS):
+        bounds = shards.stream[start : start + _BLOCK_PARTS + 1]
+        split += int(np.count_nonzero(bounds[:-1] // seq_length < (bounds[1:] - 1) // seq_length))
+    samples = -(-shards.num_tokens // seq_length)
+    return {"samples": samples, "tokens": shards.num_tokens, "counts": {"documents split": split} if split else {}}
+
+
+def _whole_documents(folder: Path, shards: Shards, packing: str, overlong: str, seq_length: int) -> dict:
+    """A counting sort of the parts by length, the longest first; then each goes to the place in a row that the plan gives it."""
+    of_length, counts = np.zeros(seq_length + 1, np.int64), Counter()
+    for begins, lengths in _parts(shards, overlong, seq_length, counts):
+        of_length += np.bincount(lengths, minlength=seq_length + 1)
+    placed, samples = _PLANS[packing](of_length, seq_length)
+    parts, tokens = int(of_length.sum()), int(of_length @ np.arange(seq_length + 1))
+    if parts:
+        sorted_path = folder / "sorted.tmp"
+        _sort(_new_array(sorted_path, np.int64, parts), of_length, _parts(shards, overlong, seq_length, Counter()))
+        rows = _new_array(folder / "rows.npy", np.int64, samples + 1)
+        output = _new_array(folder / "begins.npy", np.int64, parts), _new_array(folder / "lengths.npy", np.int32, parts)
+        _fill(rows, *output, np.load(sorted_path, mmap_mode="r"), of_length, placed)
+        sorted_path.unlink()
+    return {"samples": samples, "tokens": tokens, "counts": {what: count for what, count in sorted(counts.items()) if count}}
+
+
+def _parts(shards: Shards, overlong: str, seq_length: int, counts: Counter) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Where the parts begin in all of the ids, and their lengths, int64, in blocks, in the order of the ids. They are whole documents,
+    and of longer ones every seq_length tokens, or the first. Parts in which nothing can be supervised are left out; `counts` is filled."""
+    for bounds in _document_bounds(shards, seq_length):
+        lengths = np.diff(bounds)
+        longer = lengths > seq_length
+        if overlong == "split":
+            per_document = -(-lengths // seq_length)
+            counts["documents split"] += int(longer.sum())
+        else:
+            per_document = np.minimum(lengths, 1)
+            counts["documents truncated"] += int(longer.sum())
+            counts["tokens cut off them"] += int((lengths - seq_length)[longer].sum())
+        document = np.repeat(np.arange(len(lengths)), per_document)
+        place = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+        begins = bounds[document] + place * seq_length
+        ends = np.minimum(begins + seq_length, bounds[document + 1])
+        kept = _supervised(shards, begins, ends)
+        lengths = ends - begins
+        counts["documents or parts left out, nothing in them is supervised"] += int((~kept).sum())
+        counts["tokens left out with them"] += int(lengths[~kept].sum())
+        yield begins[kept], lengths[kept]
+
+
+def _document_bounds(shards: Shards, seq_length: int) -> Iterator[np.ndarray]:
+    """int64 [n + 1], where n consecutive documents begin and the last one ends; in one file, and not many parts together."""
+    first, documents = 0, len(shards.order)
+    while first < documents:
+        bounds = shards.offsets[first : first + _BLOCK_DOCUMENTS + 1]
+        limit = min(int(bounds[0]) + _BLOCK_PARTS * seq_length, shards.file_end(int(bounds[0])))
+        count = max(1, int(np.searchsorted(bounds, limit, side="right")) - 1)
+        yield bounds[: count + 1]
+        first += count
+
+
+def _supervised(shards: Shards, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """bool [parts], of one file: whether a token after a part's first may be a target."""
+    supervised = ends - begins > 1
+    if not len(begins) or not shards.file_masked(int(begins[0])):
+        return supervised
+    first = 0
+    while first < len(begins):
+        stop = max(first + 1, int(np.searchsorted(ends, begins[first] + _BLOCK_TOKENS, side="right")))
+        start = int(begins[first])
+        mask = np.append(shards.read_mask(start, int(ends[stop - 1])), False)
+        spans = np.stack([begins[first:stop] + 1, ends[first:stop]], 1).ravel() - start
+        supervised[first:stop] &= np.logical_or.reduceat(mask, spans)[::2]
+        first = stop
+    return supervised
+
+
+def _sort(output: np.ndarray, of_length: np.ndarray, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Puts where parts begin in order of their lengths, the longest first, those of one length as they come."""
+    free = np.cumsum(of_length[::-1])[::-1] - of_length  # int64 [seq_length + 1], where the next part of each length goes
+    for begins, lengths in parts:
+        order = np.argsort(lengths, kind="stable")
+        lengths = lengths[order]
+        in_block = np.bincount(lengths, minlength=len(of_length))
+        output[free[lengths] + np.arange(len(order)) - (np.cumsum(in_block) - in_block)[lengths]] = begins[order]
+        free += in_block
+
+
+def _fill(
+    rows: np.ndarray, begins: np.ndarray, lengths: np.ndarray, sorted_begins: np.ndarray, of_length: np.ndarray, placed: list[Placed]
+) -> None:
+    """Places the parts. Of one length they are taken in a pseudo-random order, so that neighbours in the files do not share a row."""
+    for run in placed:
+        rows[1 + run.first_row : 1 + run.first_row + run.rows] += run.each
+    rows[1:] = np.cumsum(rows[1:]) - rows[1:]  # where each begins; as it fills, where the next part goes; full, where it ends
+    first_of_length = np.cumsum(of_length[::-1])[::-1] - of_length
+    for run in placed:
+        first, size = int(first_of_length[run.length]), int(of_length[run.length])
+        key = int(hash_keys(_ITEM_KEY, run.length)) % 2**64
+        step = max(1, _BLOCK_PARTS // run.each)
+        for start in range(0, run.rows, step):
+            row = slice(1 + run.first_row + start, 1 + run.first_row + min(start + step, run.rows))
+            places = (rows[row, None] + np.arange(run.each)).ravel()
+            item = run.first_item - first + start * run.each
+            items = permuted(np.arange(item, item + len(places), dtype=np.uint64), size, key)
+            begins[places] = sorted_begins[first + items.astype(np.int64)]
+            lengths[places] = run.length
+            rows[row] += run.each
+
+
+def _new_array(path: Path, dtype: type, size: int) -> np.ndarray:
+    """A .npy file as a map, zeros. It has its room on the disk at once: where a map finds none, the process would be killed."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, (size,))
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array.view(np.ndarray)
