@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from spectitan import hub
 from spectitan.errors import UserError
 from spectitan.files import replace_folder
 from spectitan.models.hf_config import config_to_json, read_config
@@ -39,17 +40,19 @@ _TOKENIZER_FILES = (
 
 
 def resolve_base_path(path: str | Path) -> Path:
-    """The folder that `base.path` means: itself, or for "spectitan:NAME" one that ships with the package.
+    """The folder that `base.path` means: itself, a model of Hugging Face's hub, or for "spectitan:NAME" one that ships with the package.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, and no such model.
     """
     text = str(path)
     if not text.startswith("spectitan:"):
-        folder = Path(text).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"base.path = {text!r}: no such folder")
-        return folder
+        folder, problem = Path(text).expanduser(), f"base.path = {text!r}: no such folder"
+        if folder.is_dir():
+            return folder
+        if hub.could_be_model(text):
+            return hub.fetch_model(text, ("config.json", SINGLE, INDEX, "model-*.safetensors", *_TOKENIZER_FILES), problem)
+        raise UserError(problem)
     assets = Path(str(resources.files("spectitan"))) / "assets"
     shipped = sorted(folder.name for folder in assets.iterdir() if (folder / "config.json").is_file())
     name = text.removeprefix("spectitan:")

@@ -18,6 +18,7 @@ from torch import Tensor
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.files import replace_folder
+from spectitan.hub import name_of_snapshot
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import ARCHITECTURES, read_config
 from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors
@@ -78,12 +79,14 @@ def _holds(format: str, speculator: Speculator) -> bool:
 def name_of_base(base_path: Path, name: str = "") -> str:
     """What a folder calls its base: `name` (export.base_name), else `_name_or_path` of the base's config.json, else its folder's name.
 
+    The folder of a model of Hugging Face's hub has the model's.
+
     A path of this machine is never written unless `name` asks for it.
     """
     if not name:
         stored = json.loads((base_path / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
         name = stored if isinstance(stored, str) and not PureWindowsPath(stored).anchor and not stored.startswith(("/", "~", ".")) else ""
-    return name or base_path.resolve().name
+    return name or name_of_snapshot(base_path) or base_path.resolve().name
 
 
 def write_folder(
