@@ -31,7 +31,11 @@ class Job:
 class Base:
     arch: str = key("embedllama", "architecture of the base model", choices=("embedllama",))
     variant: str = key("auto", "a registered variant (7b, 8b, 70b, ...); auto reads config.json in base.path")
-    path: str = key("", "folder in Hugging Face layout: config.json, safetensors, tokenizer; spectitan:NAME is one that ships")
+    path: str = key(
+        "",
+        "folder in Hugging Face layout: config.json, safetensors, tokenizer; or a model of its hub, organisation/name (needs "
+        "huggingface_hub); spectitan:NAME is one that ships",
+    )
     init: str = key(
         "pretrained", "weights from base.path, or random (only config.json and tokenizer are read)", choices=("pretrained", "random")
     )
@@ -53,21 +57,31 @@ class Parallelism:
 
 @dataclass
 class Data:
-    path: str = key("", "file or folder of text; python:stdlib is the running Python's standard library source")
+    path: str = key(
+        "",
+        "file or folder of data; or a dataset of Hugging Face's hub, organisation/name or organisation/name/folder (needs huggingface_hub); "
+        "python:stdlib is the running Python's standard library source",
+    )
     format: str = key(
         "auto",
-        "text: each file is a document; jsonl: one JSON object a line; parquet: one row a document (needs pyarrow); auto: by suffix",
-        choices=("auto", "text", "jsonl", "parquet"),
+        "text: each file is a document; jsonl: one JSON object a line, also packed (.gz, .zst); parquet and arrow: one row a document (need "
+        "pyarrow); auto: by suffix",
+        choices=("auto", "text", "jsonl", "parquet", "arrow"),
     )
     suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads; python:stdlib reads .py")
     text_column: str = key("text", "column (JSONL: key) that holds a text, supervised throughout; empty: none")
-    prompt_key: str = key("question", "column of prompts; with data.response_key. Token ids are in columns input and output; empty: none")
+    prompt_key: str = key(
+        "question", "column of prompts; with data.response_key. Their token ids are in columns input and output; empty: none"
+    )
     prompt_dict_keys: list[str] = key([], "keys that lead from that column's value to the prompt, the outermost first")
     response_key: str = key("answer", "column of responses; only they are supervised")
     response_dict_keys: list[str] = key([], "keys that lead from that column's value to the response")
     messages_key: str = key(
         "messages", "column of chats, each a list of {role, content}; what the assistant says is supervised; empty: none"
     )
+    tokens_column: str = key("tokens", "column of the token ids of texts, supervised throughout, as fms-fsdp has them; empty: none")
+    input_ids_column: str = key("input_ids", "column of token ids whose mask is in data.loss_mask_column; empty: none")
+    loss_mask_column: str = key("loss_mask", "column of masks: 1 where the token of the same place is supervised, else 0")
     datasets: list[str] = key([], "sub-folders of data.path to use, each one dataset; empty: all of data.path as one dataset")
     weights: list[float] = key(
         [], "share of tokens of each of data.datasets, any positive numbers, 0 leaves one out; empty: by size", minimum=0
@@ -86,7 +100,7 @@ class Data:
         choices=("split", "truncate"),
     )
     holdout: float = key(
-        0.0, "share of files (text) or rows (jsonl, parquet) held out for evaluation, chosen by hash", minimum=0, maximum=0.5
+        0.0, "share of files (text) or rows (all other formats) held out for evaluation, chosen by hash", minimum=0, maximum=0.5
     )
     val_path: str = key("", "file or folder of evaluation text, in any of the formats; empty: the held-out share")
     on_invalid: str = key("error", "what cannot be read: stop, or skip it, name it and count it", choices=("error", "skip"))

@@ -59,9 +59,10 @@ def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
 
 
 def describe(shards: Shards) -> str:
-    """One line: documents, tokens, what rows were recognised as, what was dropped and held out."""
+    """One line: what files and rows were recognised as, documents, tokens, what was dropped and held out."""
     meta = shards.meta
-    parts = [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens"]
+    parts = [f"{count:,} files of {format}" for format, count in sorted(meta.get("formats", {}).items())]
+    parts += [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens"]
     parts += [f"{meta['supervised']:,} of them supervised"] if shards.masked else []
     parts += [f"{meta['bytes'] / meta['tokens']:.2f} bytes a token"] if meta["bytes"] else []
     parts += [f"{count:,} rows of {kind}" for kind, count in sorted(meta.get("kinds", {}).items())]
@@ -128,6 +129,7 @@ def _reading_of_tables(dataset: Dataset, data: Data, tokenizer: Tokenizer) -> li
     if not any(table_of(data, file) for file in dataset.files):
         return []
     keys = [data.prompt_key, data.prompt_dict_keys, data.response_key, data.response_dict_keys, data.messages_key]
+    keys += [data.tokens_column, data.input_ids_column, data.loss_mask_column]
     return [*keys, tokenizer.chat_template and tokenizer.chat_template.fingerprint]
 
 
@@ -176,7 +178,8 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
             logger.warning("data %s: skipped %s, which cannot be read", dataset.name, name)
         if writer.documents == 0:
             raise EmptyDataset(_why_empty(dataset, data, part, found))
-        counts = {"dropped": found.dropped, "noted": found.noted, "kinds": found.kinds, "skipped": found.skipped_names}
+        counts = {"dropped": found.dropped, "noted": found.noted, "skipped": found.skipped_names}
+        counts |= {"formats": found.formats, "kinds": found.kinds}
         writer.finish({"bytes": num_bytes} | counts | ({"held_out": found.other_part} if part == TRAINING else {}))
     finally:
         writer.close()
@@ -185,7 +188,7 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
 def _why_dropped(document: Document, result: Encoded, frame: int, windows: PromptWindows) -> str | None:
     """`frame`: how many tokens are put around a text."""
     ids, mask = result
-    if isinstance(document.content, str):
+    if mask is None:  # a text, or ids of one
         length = len(ids) - frame
         if length < 2:
             return "one token" if length else "empty"

@@ -60,7 +60,8 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _length(document: Document) -> int:
     """Characters; of ids, their number."""
-    return sum(map(len, document.content if isinstance(document.content, Ids) else texts_of(document.content)))
+    content = document.content
+    return len(content.ids) if isinstance(content, Ids) else sum(map(len, texts_of(content)))
 
 
 def _encode_chunk(chunk: list[Document], tokenizer: Tokenizer) -> list[Encoded]:
@@ -78,7 +79,8 @@ def encode(content: str | tuple, tokenizer: Tokenizer) -> Encoded:
         pieces = [np.array(tokenizer.encode_batch([piece])[0], np.uint32) for piece in _pieces(content)]
         return Encoded(np.concatenate([begin, *pieces, end]))
     if isinstance(content, Ids):
-        return _masked(content.prompt, np.zeros(len(content.prompt), bool), content.response)
+        ids = content.ids.astype(np.uint32)
+        return Encoded(_framed(ids, tokenizer) if content.mask is None else ids, content.mask)
     if isinstance(content, Rendered):
         ids, starts = tokenizer.encode_rendered(content.text)
         response = _response(content.response, tokenizer) if content.response else ()
@@ -105,6 +107,14 @@ def _frame(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """What begins and what ends a text."""
     begin, end = np.split(np.array(tokenizer.document([]), np.uint32), [len(tokenizer.prompt([]))])
     return begin, end
+
+
+def _framed(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """ids of a text with what begins and what ends a text, where that is not there already."""
+    begin, end = _frame(tokenizer)
+    begin = begin if ids[0] != tokenizer.bos_id else begin[:0]
+    end = end if ids[-1] != tokenizer.eos_id else end[:0]
+    return np.concatenate([begin, ids, end])
 
 
 def _pieces(text: str) -> list[str]:

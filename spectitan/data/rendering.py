@@ -77,12 +77,11 @@ def _rendered(content: Content, template: ChatTemplate | None, tokenizer: Tokeni
     return Rendered(text, spans)
 
 
-def _checked(ids: Ids, vocab_size: int) -> Ids:
-    for part in ids:
-        wrong = part[(part < 0) | (part >= vocab_size)]
-        if len(wrong):
-            raise ValueError(f"token id {wrong[0]}; this tokenizer's are 0 .. {vocab_size - 1}")
-    return ids
+def _checked(content: Ids, vocab_size: int) -> Ids:
+    wrong = content.ids[(content.ids < 0) | (content.ids >= vocab_size)]
+    if len(wrong):
+        raise ValueError(f"token id {wrong[0]}; this tokenizer's are 0 .. {vocab_size - 1}")
+    return content
 
 
 def texts_of(content: Content | Rendered) -> list[str]:

@@ -70,7 +70,7 @@ def test_reading_back_masks_the_prompts(world, whole):
         Data(path=str(whole.parent), seq_length=PROMPT + NEW), load_tokenizer(world.root / "base"), seed=0, global_batch_size=1, micro_batch_size=1
     )  # fmt: skip
     (counts,) = loader.counts.values()
-    assert counts["kinds"] == {"ids": PROMPTS * SAMPLES} and counts["supervised"] == PROMPTS * SAMPLES * NEW
+    assert counts["kinds"] == {"ids of prompt and response": PROMPTS * SAMPLES} and counts["supervised"] == PROMPTS * SAMPLES * NEW
     found = []
     for _ in range(PROMPTS * SAMPLES):
         batch = next(loader)

@@ -82,7 +82,7 @@ def test_text_ids_and_messages(tmp_path, suffix):
     assert read(tmp_path / "text", text_column="content")[0] == ["größe", "x"]
     write(tmp_path / "ids", [{"input": [5, 6], "output": [7]}, {"input": [], "output": [8, 9]}], suffix)
     contents, _, found = read(tmp_path / "ids")
-    assert all(isinstance(content, Ids) for content in contents) and found.kinds == {"ids": 2}
+    assert all(isinstance(content, Ids) for content in contents) and found.kinds == {"ids of prompt and response": 2}
     shards = tokenised(tmp_path / "ids")
     assert documents_of(shards) == [[5, 6, 7], [8, 9]] and masks_of(shards) == [[False, False, True], [True, True]]
     assert shards.meta["bytes"] == 0
@@ -176,7 +176,7 @@ def test_chats_that_say_nothing_are_skipped_and_counted(tmp_path):
             {"input": "a", "output": "b"},
             r"'input' is no list of token ids; allowed: one, or text that data.prompt_key and data.response_key name",
         ),
-        ({"input": [5], "output": [2**80]}, r"'output' has a number that is no token id"),
+        ({"input": [5], "output": [2**80]}, r"'output' is no list of token ids"),
         ({"input": [5], "output": [4, 258]}, r"token id 258; this tokenizer's are 0 .. 257"),
         ({"input": [-1], "output": [4]}, r"token id -1; this tokenizer's are 0 .. 257"),
         ({"question": "\ud800", "answer": "x"}, r"'question' has half of a surrogate pair"),

@@ -1,4 +1,4 @@
-"""The files of datasets: trees of files, single files, and Python's standard library."""
+"""The files of datasets: trees of files, single files, datasets of Hugging Face's hub, and Python's standard library."""
 
 import difflib
 import hashlib
@@ -7,8 +7,11 @@ import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from spectitan import hub
 from spectitan.config.sections import Data
+from spectitan.data.documents import hub_splits, saved
 from spectitan.data.documents.formats import readable_suffixes
 from spectitan.errors import UserError
 
@@ -57,40 +60,56 @@ class Dataset:
         return digest.hexdigest()
 
 
+class _Source(NamedTuple):
+    """What data.path or data.val_path names."""
+
+    root: Path  # a file or folder
+    suffixes: tuple[str, ...]  # of the files that are read in a folder
+    excluded: frozenset[str]  # names of folders that are left out
+    splits: tuple[str, ...]  # of a dataset of the hub: those to read, the first that it has; () for files of one's own
+
+
 def find_datasets(data: Data) -> list[Dataset]:
     """The datasets that data.path and data.datasets name, without reading them.
 
     Raises:
         UserError: no such path, a dataset that is not there (the nearest is named), no file of the right suffix.
     """
-    if data.path.startswith("python:"):
-        if data.path not in _EXCLUDED:
-            raise UserError(f"data.path = {data.path}: unknown corpus; allowed: {', '.join(_EXCLUDED)}, or a file or folder")
-        root = Path(sysconfig.get_path("stdlib"))
-    else:
-        root = Path(data.path).expanduser()
-        if not data.path or not root.exists():
-            raise UserError(f"data.path = {data.path!r}: no such file or folder")
-    excluded, suffixes = _EXCLUDED.get(data.path, (frozenset(), readable_suffixes(data)))
+    source = _source(data, "data.path", data.path, hub_splits.TRAINING)
+    root = source.root
     if not data.datasets:
-        return [_dataset(data.path, root, root, suffixes, excluded)]
+        return [_dataset(data.path, source, root)]
     if not root.is_dir():
         raise UserError(f"data.datasets = {data.datasets}: data.path = {data.path} is a file, it has no sub-folders")
     folders = {name: _sub_folder(data, name, root) for name in data.datasets}
     for inner, outer in itertools.permutations(folders, 2):
         if folders[inner].resolve().is_relative_to(folders[outer].resolve()):
             raise UserError(f"data.datasets: {inner!r} lies in {outer!r}; allowed: folders that share no file")
-    return [_dataset(name, root, folder, suffixes, excluded) for name, folder in folders.items()]
+    return [_dataset(name, source, folder) for name, folder in folders.items()]
 
 
 def validation_datasets(data: Data) -> list[Dataset]:
-    """The files of the evaluation text: data.val_path's, all of them, else those the held-out part is chosen from."""
-    if not data.val_path:
-        return find_datasets(data)
-    path = Path(data.val_path).expanduser()
-    if not path.exists():
-        raise UserError(f"data.val_path = {data.val_path!r}: no such file or folder")
-    return [_dataset(data.val_path, path, path, readable_suffixes(data))]
+    """The files of the evaluation text: data.val_path's, all of them, else of the datasets that the held-out part is chosen from."""
+    if data.val_path:
+        source = _source(data, "data.val_path", data.val_path, hub_splits.EVALUATION)
+        return [_dataset(data.val_path, source, source.root)]
+    datasets = find_datasets(data)
+    return [dataset for dataset, weight in zip(datasets, data.weights or [1.0] * len(datasets), strict=True) if weight > 0]
+
+
+def _source(data: Data, key: str, path: str, splits: tuple[str, ...]) -> _Source:
+    if path.startswith("python:"):
+        if path not in _EXCLUDED:
+            raise UserError(f"{key} = {path}: unknown corpus; allowed: {', '.join(_EXCLUDED)}, or a file or folder")
+        excluded, suffixes = _EXCLUDED[path]
+        return _Source(Path(sysconfig.get_path("stdlib")), suffixes, excluded, ())
+    suffixes, local = readable_suffixes(data), Path(path).expanduser()
+    if path and local.exists():
+        return _Source(local, suffixes, frozenset(), ())
+    problem = f"{key} = {path!r}: no such file or folder"
+    if not hub.could_be_dataset(path):
+        raise UserError(problem)
+    return _Source(hub.fetch_dataset(path, (*suffixes, *saved.FILES), problem), suffixes, frozenset(), splits)
 
 
 def _sub_folder(data: Data, name: str, root: Path) -> Path:
@@ -98,24 +117,38 @@ def _sub_folder(data: Data, name: str, root: Path) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"data.datasets: {name!r} leaves data.path = {data.path}; allowed: what lies below it")
     if not path.exists():
-        there = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        nearest = difflib.get_close_matches(name, there, 1, cutoff=0.0)
+        parent = root
+        while (deeper := parent / Path(name).relative_to(parent.relative_to(root)).parts[0]).is_dir():
+            parent = deeper
+        there = sorted(entry for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        nearest = difflib.get_close_matches(name, [entry.relative_to(root).as_posix() for entry in there], 1, cutoff=0.0)
         hint = f"the nearest is {nearest[0]!r}" if nearest else "there is none"
         raise UserError(f"data.datasets: no {name!r} below data.path = {data.path}; {hint}")
     return path
 
 
-def _dataset(name: str, root: Path, folder: Path, suffixes: tuple[str, ...], excluded: frozenset[str] = frozenset()) -> Dataset:
-    """The files of `folder`, or the file that it is. Hidden files and folders are left out, and folders named in `excluded`."""
+def _dataset(name: str, source: _Source, folder: Path) -> Dataset:
+    """The files of `folder`, or the file that it is. Hidden files and folders are left out."""
+    root = source.root
     if folder.is_file():
         root = root if root != folder else folder.parent
         return Dataset(name, root, (folder.relative_to(root).as_posix(),))
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [entry for entry in folders if not entry.startswith(".") and entry not in excluded]
+    files, others = [], set()
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [entry for entry in folders if not entry.startswith(".") and entry not in source.excluded]
+        names = [file for file in names if not file.startswith(".")]
+        readable = [file for file in names if file.endswith(source.suffixes)]
+        others.update(Path(file).suffix or file for file in set(names).difference(readable))
+        if ".arrow" in source.suffixes:
+            readable = saved.without_leftovers(Path(parent), names, readable)
         below = Path(parent).relative_to(root)
-        files += [(below / file).as_posix() for file in names if file.endswith(suffixes) and not file.startswith(".")]
+        files += [(below / file).as_posix() for file in readable]
     files = sorted(file for file in files if (root / file).is_file())  # a link may lead nowhere
     if not files:
-        raise UserError(f"{folder}: empty dataset, no file with suffix {', '.join(suffixes)} (data.suffixes, data.format)")
-    return Dataset(name, root, tuple(files))
+        wanted, there = ", ".join(source.suffixes), ", ".join(sorted(others)[:12]) or "none"
+        raise UserError(f"{folder}: empty dataset, no file with suffix {wanted} (data.suffixes, data.format); there are: {there}")
+    return Dataset(name, root, tuple(hub_splits.choose(name, files, source.splits) if source.splits else files))
+
+
+def _raise(error: OSError) -> None:
+    raise error  # a folder that may not be read is not an empty one

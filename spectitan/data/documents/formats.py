@@ -5,18 +5,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectitan.config.sections import Data
-from spectitan.data.documents import jsonl, parquet
+from spectitan.data.documents import arrow, compressed, jsonl, parquet
 from spectitan.data.documents.rows import Kind, Row
 
 
 class Table(NamedTuple):
     """A format whose files hold rows."""
 
+    name: str
     suffixes: tuple[str, ...]
     rows: Callable[[Path, list[Kind]], Iterator[Row]]
 
 
-TABLES = {"jsonl": Table((".jsonl", ".ndjson"), jsonl.rows), "parquet": Table((".parquet",), parquet.rows)}
+# A .json file by itself is rarely data; packed, it is how corpora ship their JSON lines.
+_PACKED_JSONL = tuple(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in compressed.SUFFIXES)
+TABLES = {
+    "jsonl": Table("JSON lines", (".jsonl", ".ndjson", *_PACKED_JSONL), jsonl.rows),
+    "parquet": Table("Parquet", (".parquet",), parquet.rows),
+    "arrow": Table("Arrow", (".arrow",), arrow.rows),
+}
 
 
 def table_of(data: Data, file: str) -> Table | None:
@@ -32,3 +39,9 @@ def readable_suffixes(data: Data) -> tuple[str, ...]:
         return TABLES[data.format].suffixes
     text = tuple(data.suffixes)
     return text if data.format == "text" else text + sum((table.suffixes for table in TABLES.values()), ())
+
+
+def format_name(table: Table | None, file: str) -> str:
+    """How the log calls the format of a file."""
+    packed = next((f" ({suffix})" for suffix in compressed.SUFFIXES if table and file.endswith(suffix)), "")
+    return f"{table.name if table else 'text'}{packed}"

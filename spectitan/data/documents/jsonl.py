@@ -1,21 +1,24 @@
-"""JSON lines: one object a line."""
+"""JSON lines: one object a line, plain or compressed."""
 
 import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from spectitan.data.documents import compressed
 from spectitan.data.documents.rows import Kind, Row
 
 
 def rows(path: Path, kinds: list[Kind]) -> Iterator[Row]:
-    """Every line that is not blank, still to be decoded."""
-    position = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            position += len(line)
+    """Every line that is not blank, still to be decoded. Memory holds a line.
+
+    Raises:
+        UserError, ValueError: as compressed.opened.
+    """
+    with compressed.opened(path) as (file, content):
+        for number, line in enumerate(content, 1):
             if line.strip():
-                yield Row(number, position, partial(_decoded, line, number == 1))
+                yield Row(number, file.tell(), partial(_decoded, line.rstrip(), number == 1))
 
 
 def _decoded(line: bytes, first: bool) -> dict:

@@ -1,39 +1,32 @@
-"""Parquet files, read by the package pyarrow, which is an extra."""
+"""Parquet files, read by pyarrow."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectitan.data.documents.rows import Kind, Row, kind_of
-from spectitan.errors import UserError
+from spectitan.data.documents.columnar import ROWS, import_pyarrow, kind_of_file, rows_of
+from spectitan.data.documents.damage import damage_of
+from spectitan.data.documents.rows import Kind, Row
 
-_ROWS = 256  # decoded together
+_READ_BYTES = 2**20  # of a column at once: without it, pyarrow would hold a row group's whole columns
 
 
 def rows(path: Path, kinds: list[Kind]) -> Iterator[Row]:
-    """Every row, with the columns of its kind only. Memory holds a row group's pages of these columns.
+    """Every row, with the columns of its kind only. Memory holds a few pages of these columns, however long the row groups are.
 
     Raises:
         UserError: pyarrow is not there; the columns are of no kind.
         ValueError: the file is damaged.
     """
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f'{path}: reading it needs the package pyarrow: pip install "spectitan[parquet]"') from None
-    size, number = path.stat().st_size, 0
-    try:
-        with ParquetFile(path, pre_buffer=False) as file:
-            try:
-                kind = kind_of(file.schema_arrow.names, kinds)
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from None
+    pyarrow, size, number = import_pyarrow(path), path.stat().st_size, 0
+    from pyarrow.parquet import ParquetFile
+
+    with path.open("rb") as stream:
+        with damage_of("Parquet", pyarrow.ArrowException):
+            file = ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
+        kind = kind_of_file(path, file.schema_arrow.names, kinds)
+        with damage_of("Parquet", pyarrow.ArrowException):
             # One thread: those of pyarrow would be missing in processes that are forked later.
-            for batch in file.iter_batches(_ROWS, columns=list(kind.columns), use_threads=False):
-                for row in batch.to_pylist():
+            for batch in file.iter_batches(ROWS, columns=list(kind.columns), use_threads=False):
+                for row in rows_of(batch):
                     number += 1
                     yield Row(number, size * number // file.metadata.num_rows, lambda row=row: row)
-    except UserError:
-        raise
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"damaged Parquet file: {' '.join(str(error).split())}") from None

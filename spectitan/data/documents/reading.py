@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from spectitan.config.sections import Data
 from spectitan.data.documents.datasets import Dataset
-from spectitan.data.documents.formats import Table, table_of
+from spectitan.data.documents.formats import Table, format_name, table_of
 from spectitan.data.documents.rows import Content, Kind, SkippedRow, kind_of, kinds_of
 from spectitan.errors import UserError
 
@@ -30,6 +30,7 @@ class Found:
 
     documents: int = 0  # of this part, those dropped as well
     other_part: int = 0  # documents that belong to the other part
+    formats: Counter = field(default_factory=Counter)  # what files were read as -> files, of either part
     kinds: Counter = field(default_factory=Counter)  # what rows of tables were recognised as -> rows
     dropped: Counter = field(default_factory=Counter)  # reason -> documents
     noted: Counter = field(default_factory=Counter)  # what is less than a document: reason -> how often
@@ -52,10 +53,12 @@ def read_documents(dataset: Dataset, data: Data, part: str | None, found: Found)
 
     Raises:
         UserError: what cannot be read, under data.on_invalid = "error": names file and line or row; a table without the columns.
+        OSError: what the system does not let be read.
     """
     kinds, read_before = kinds_of(data), 0
     for file in dataset.files:
         path, table = dataset.root / file, table_of(data, file)
+        found.formats[format_name(table, file)] += 1
         if table or _belongs(os.fsencode(file), data.holdout, part):
             contents = _table(table, path, file, data, kinds, part, found) if table else _whole_file(path, data, found)
             for content, name, position in contents:

@@ -22,8 +22,8 @@ class Messages(NamedTuple):
 
 
 class Ids(NamedTuple):
-    prompt: np.ndarray  # int64 [n]
-    response: np.ndarray  # int64 [m], what is supervised
+    ids: np.ndarray  # integers [n]
+    mask: np.ndarray | None  # bool [n], what is supervised; None: ids of a text, which is supervised and framed as texts are
 
 
 Content = str | PromptResponse | Messages | Ids  # a string is a text that is supervised throughout
@@ -54,9 +54,16 @@ def kinds_of(data: Data) -> list[Kind]:
         Kind("text", (data.text_column,), "data.text_column", _text),
         Kind("prompt and response", (data.prompt_key, data.response_key), "data.prompt_key and data.response_key", _prompt_response),
         Kind("messages", (data.messages_key,), "data.messages_key", _messages),
+        Kind("ids", (data.tokens_column,), "data.tokens_column", _ids),
+        Kind(
+            "ids with a mask",
+            (data.input_ids_column, data.loss_mask_column),
+            "data.input_ids_column and data.loss_mask_column",
+            _masked_ids,
+        ),
     ]
     if {data.prompt_key, data.response_key} != set(IDS_COLUMNS):  # else these are text
-        kinds.append(Kind("ids", IDS_COLUMNS, "token ids", _ids))
+        kinds.append(Kind("ids of prompt and response", IDS_COLUMNS, "token ids", _ids_of_prompt_and_response))
     return [kind for kind in kinds if all(kind.columns)]
 
 
@@ -127,19 +134,49 @@ def _messages(row: dict, data: Data) -> Messages:
 
 
 def _ids(row: dict, data: Data) -> Ids:
-    prompt, response = (_int_array(row[column], column) for column in IDS_COLUMNS)
-    if not len(response):
-        raise SkippedRow(f"empty {IDS_COLUMNS[1]!r}")
-    return Ids(prompt, response)
+    return Ids(_some(_id_array(row[data.tokens_column], data.tokens_column), f"{data.tokens_column!r} (data.tokens_column)"), None)
 
 
-def _int_array(value: object, column: str) -> np.ndarray:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValueError(f"{column!r} is no list of token ids; allowed: one, or text that data.prompt_key and data.response_key name")
-    try:
-        return np.array(value, np.int64)
-    except OverflowError:
-        raise ValueError(f"{column!r} has a number that is no token id") from None
+def _masked_ids(row: dict, data: Data) -> Ids:
+    name, mask_name = data.input_ids_column, data.loss_mask_column
+    ids, mask = _some(_id_array(row[name], name), f"{name!r} (data.input_ids_column)"), _array(row[mask_name])
+    if mask is None or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{mask_name!r} is no list of 0 and 1 (data.loss_mask_column)")
+    if len(mask) != len(ids):
+        raise ValueError(f"{mask_name!r} has {len(mask)} numbers and {name!r} {len(ids)}; allowed: as many")
+    return Ids(ids, mask.astype(bool))
+
+
+def _ids_of_prompt_and_response(row: dict, data: Data) -> Ids:
+    prompt, response = (_id_array(row[column], column) for column in IDS_COLUMNS)
+    _some(response, repr(IDS_COLUMNS[1]))
+    return Ids(np.concatenate([prompt, response], dtype=np.int64, casting="unsafe"), np.arange(len(prompt) + len(response)) >= len(prompt))
+
+
+def _some(values: np.ndarray, place: str) -> np.ndarray:
+    if not len(values):
+        raise SkippedRow(f"empty {place}")
+    return values
+
+
+def _id_array(value: object, column: str) -> np.ndarray:
+    ids = _array(value)
+    if ids is None or ids.dtype == bool:
+        other = ", or text that data.prompt_key and data.response_key name" if column in IDS_COLUMNS else ""
+        raise ValueError(f"{column!r} is no list of token ids; allowed: one{other}")
+    return ids
+
+
+def _array(value: object) -> np.ndarray | None:
+    """Integers or truth values [n], from an array or a list; None if it is neither."""
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        try:
+            return np.array(value, np.int64)
+        except OverflowError:
+            return None
+    if isinstance(value, list) and all(type(item) is bool for item in value):
+        return np.array(value, bool)
+    return value if isinstance(value, np.ndarray) and value.dtype.kind in "iub" else None
 
 
 def _characters(text: str, place: str) -> str:
