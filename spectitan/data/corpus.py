@@ -165,7 +165,7 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
     try:
         with Progress(title, dataset.num_bytes()) as progress:
             documents = rendered(read_documents(dataset, data, part, found), tokenizer, data, found, dataset.name)
-            with closing(encoded(documents, tokenizer, data.tokenizer_threads)) as results:
+            with closing(encoded(documents, tokenizer, data.tokenizer_threads, found.noted)) as results:
                 for document, result in results:
                     progress.update(document.bytes_read)
                     reason = _why_dropped(document, result, frame, windows)

@@ -10,6 +10,7 @@ from spectitan.data.shards import Shards
 
 WINDOW = 64
 _HALF = WINDOW // 2
+_AT_ONCE = 2**18  # windows of a document that are looked at together: their hashes take 30 times the memory of its ids
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token's part of a hash is lost by overflow
 
 
@@ -25,7 +26,10 @@ class PromptWindows:
         """Whether the ids [n] contain one of the windows."""
         if not len(self._hashes) or len(ids) < WINDOW:
             return False
-        ids = ids.astype(np.uint64)
+        starts = range(0, len(ids) - WINDOW + 1, _AT_ONCE)
+        return any(self._overlap(ids[start : start + _AT_ONCE + WINDOW - 1].astype(np.uint64)) for start in starts)
+
+    def _overlap(self, ids: np.ndarray) -> bool:
         hashes = _window_hashes(ids)
         nearest = self._hashes[np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)]
         return any(ids[i : i + WINDOW].tobytes() in self._windows for i in np.flatnonzero(nearest == hashes))

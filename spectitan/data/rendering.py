@@ -93,7 +93,7 @@ def texts_of(content: Content | Rendered) -> list[str]:
     return [part for part in content if isinstance(part, str)]
 
 
-def mask_of(starts: list[int], spans: tuple[tuple[int, int], ...]) -> np.ndarray:
+def mask_of(starts: np.ndarray | list[int], spans: tuple[tuple[int, int], ...]) -> np.ndarray:
     """bool [n]: whether a token is supervised, by the character it begins at: one that begins in the prompt is not."""
     places, mask = np.array(starts, np.int64), np.zeros(len(starts), bool)
     for begin, end in spans:

@@ -23,7 +23,7 @@ import numpy as np
 from spectitan.data.order import permuted
 from spectitan.files import sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHARD_TOKENS = 2**28  # a new file is begun after this many ids
 _INDEX_ROWS = 2**20  # index rows in memory at once
 _ORDER_KEY = 0x5EC717A2  # chooses the fixed permutation of documents

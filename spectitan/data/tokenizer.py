@@ -7,12 +7,15 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from spectitan.data.chat_template import ChatTemplate, load_chat_template
+from spectitan.data.neighbours import Neighbours
 from spectitan.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+SPACE = "\u2581"  # what sentencepiece writes for a space
 
 # How Llama 3 cuts text into words, and its 256 special tokens, which follow the ranks in its file.
 LLAMA3_PATTERN = (
@@ -60,6 +63,14 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
 
+    def words(self, text: str) -> list[str]:
+        """The text as the model of the tokenizer is given it: no token crosses from one word into the next."""
+        return [text] if text else []
+
+    def word_starts(self, text: str) -> list[int]:
+        """The characters at which `words` begin, as far as that can be said of the text before it is normalised."""
+        return []
+
     def document(self, ids: list[int]) -> list[int]:
         """ids of a text with what begins and ends a document."""
         return [*self.prompt(ids), *(() if self.eos_id is None else (self.eos_id,))]
@@ -81,6 +92,8 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{path}: not a tokenizer.json that `tokenizers` reads: {error}") from None
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._normalizer, self._pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
+        self._splits_words = len(self._pre_tokens("a b a b")) > 1  # or its tokens alone keep words apart, as sentencepiece's
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.specials = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         settings = _read_json(path.parent / "tokenizer_config.json")
@@ -100,6 +113,23 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def words(self, text: str) -> list[str]:
+        words = self._pre_tokens(text)
+        return words if self._splits_words else [part for word in words for part in self._vocabulary.parts(word)]
+
+    def word_starts(self, text: str) -> list[int]:
+        if self._splits_words:
+            return [start for _, (start, _) in self._pre_tokenizer.pre_tokenize_str(text)]
+        return self._vocabulary.starts(text.replace(" ", SPACE))
+
+    def _pre_tokens(self, text: str) -> list[str]:
+        text = self._normalizer.normalize_str(text) if self._normalizer else text
+        return [word for word, _ in self._pre_tokenizer.pre_tokenize_str(text)] if self._pre_tokenizer else [text] if text else []
+
+    @cached_property
+    def _vocabulary(self) -> Neighbours:
+        return Neighbours(self._backend.get_vocab(with_added_tokens=False))
 
     def _first_id(self, settings: dict) -> int | None:
         """add_bos_token decides where it is set, as in transformers; else what the file's own post-processor puts first."""
@@ -176,12 +206,23 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode(list(ids))
 
+    def words(self, text: str) -> list[str]:
+        return self._vocabulary.parts(self._backend.normalize(text))
+
+    def word_starts(self, text: str) -> list[int]:
+        return self._vocabulary.starts(text.replace(" ", SPACE))
+
+    @cached_property
+    def _vocabulary(self) -> Neighbours:
+        return Neighbours(map(self._backend.id_to_piece, range(self._backend.vocab_size())))
+
 
 class TiktokenTokenizer(Tokenizer):
     """A tokenizer.model in tiktoken's format, one "base64 rank" a line, with Llama 3's words and special tokens."""
 
     def __init__(self, path: Path):
         try:
+            import regex  # tiktoken needs it as well
             import tiktoken
         except ImportError:
             raise UserError(f"{path}: reading it needs the package tiktoken (pip install tiktoken)") from None
@@ -189,6 +230,7 @@ class TiktokenTokenizer(Tokenizer):
         names = [LLAMA3_NAMED_SPECIALS.get(i, f"reserved_special_token_{i}") for i in range(LLAMA3_NUM_SPECIALS)]
         specials = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
         self._backend = tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        self._pattern = regex.compile(LLAMA3_PATTERN)
         self._first_special = len(ranks)
         self.specials = {i: text for text, i in specials.items()}
         self.vocab_size = len(ranks) + LLAMA3_NUM_SPECIALS
@@ -205,6 +247,12 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([i for i in ids if i < self._first_special])
+
+    def words(self, text: str) -> list[str]:
+        return self._pattern.findall(text)
+
+    def word_starts(self, text: str) -> list[int]:
+        return [match.start() for match in self._pattern.finditer(text)]
 
 
 class StreamDecoder:

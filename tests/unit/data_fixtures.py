@@ -27,6 +27,12 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids):
         return bytes(i - 2 for i in ids if i >= 2).decode(errors="replace")
 
+    def words(self, text):
+        return list(text)
+
+    def word_starts(self, text):
+        return list(range(len(text)))
+
 
 def text(number: int, words: int = 40) -> str:
     """Different for each number; as many words as asked for."""

@@ -15,8 +15,6 @@ import pytest
 
 from spectitan.data import corpus, encoding
 from spectitan.data.corpus import tokenise_held_out, tokenise_training
-from spectitan.data.encoding import encoded
-from spectitan.data.documents import Document
 from spectitan.data.overlap import PromptWindows, count_overlap
 from spectitan.data.prompts import load_prompts
 from spectitan.data.shards import BrokenShards, Shards, ShardWriter
@@ -162,22 +160,6 @@ def test_a_real_tokenizer_gives_the_same_ids_on_any_number_of_threads(tmp_path):
     ids = [tokenizer.encode((tmp_path / "text" / name).read_text()) for name in names]
     assert documents_of(one) == ids
     assert "TOKENIZERS_PARALLELISM" not in os.environ
-
-
-def test_a_long_text_is_cut_at_line_ends(monkeypatch):
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 20)
-    seen = []
-
-    class Tokenizer(ByteTokenizer):
-        def encode_batch(self, texts):
-            seen.extend(texts)
-            return super().encode_batch(texts)
-
-    content = "short\n" * 10 + "x" * 50 + "\n" + "end"
-    ((_, (ids, mask)),) = encoded([Document(content, "a", 0)], Tokenizer(), 1)
-    assert ids.tolist() == ByteTokenizer().document(ByteTokenizer().encode(content)) and mask is None
-    assert "".join(seen) == content and max(map(len, seen)) <= 20
-    assert all(piece.endswith("\n") for piece in seen[:4])
 
 
 # ---- the cache ----
