@@ -13,6 +13,11 @@ class Slots(NamedTuple):
     start: int  # the first slot when it is the same in all rows, else -1
     stop: int  # one past the last slot of the longest row: attention looks no further
 
+    def one(self, place: int) -> "Slots":
+        """The slots of one of the m tokens, those before it being written already."""
+        after = self.index.shape[1] - 1 - place
+        return Slots(self.index[:, place : place + 1], self.start if self.start < 0 else self.start + place, self.stop - after)
+
 
 class KVCache:
     """Keys and values of `length` slots a row. A committed token's slot is its place in the row.

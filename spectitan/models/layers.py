@@ -5,6 +5,7 @@ from the shapes of what the projections return, so that a tensor-parallel plan c
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         hidden_size, num_heads, num_kv_heads, head_dim: shape.
         qkv_bias, output_bias: biases of the projections.
         qk_norm_eps: epsilon of an RMS norm on each head's queries and keys (Qwen3); None for none.
+        input_size: of what queries, keys and values are made of; None: hidden_size.
     """
 
     def __init__(
@@ -89,15 +91,25 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
+        input_size: int | None = None,
     ):
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        input_size = hidden_size if input_size is None else input_size
+        self.q_proj = Linear(input_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = Linear(input_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = Linear(input_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias)
         self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
         self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
+
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, seq, input] -> queries [batch, heads, seq, head_dim], keys and values [batch, kv_heads, seq, head_dim]."""
+        batch, seq, _ = x.shape
+        queries = self.q_norm(self.q_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
+        keys = self.k_norm(self.k_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
+        values = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        return rotation.apply(queries), rotation.apply(keys), values
 
     def forward(
         self,
@@ -110,10 +122,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """See DecoderLayer.forward."""
         batch, seq, _ = x.shape
-        queries = self.q_norm(self.q_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
-        keys = self.k_norm(self.k_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
-        values = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        queries, keys = rotation.apply(queries), rotation.apply(keys)
+        queries, keys, values = self.project(x, rotation)
         if cache is not None:
             keys, values = cache.write(layer, keys, values, slots)
         if seq > 1:
@@ -129,16 +138,17 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False):
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False, activation: Callable[[Tensor], Tensor] = F.silu):
         super().__init__()
+        self.activation = activation
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):

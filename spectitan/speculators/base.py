@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectitan.models.config_file import ConfigFile
@@ -70,13 +71,23 @@ def collect_loss(total: Tensor, row_stats: Tensor, targets: Targets, rows: int) 
         targets: the N pairs, on the device of row_stats.
         rows: batch * seq.
     """
-    steps = len(targets.counts)
-    right_so_far = torch.ones(rows, steps, dtype=row_stats.dtype, device=row_stats.device)  # unsupervised steps do not count against
-    right_so_far[targets.state, targets.step] = row_stats[:, 1]
-    right_so_far = right_so_far.cumprod(1)[targets.state, targets.step]
+    right_so_far = _right_so_far(row_stats[:, 1], targets, rows)[targets.state, targets.step]
     columns = torch.cat([row_stats[:, :3], right_so_far[:, None], row_stats[:, 3:]], 1)
-    sums = torch.zeros(steps, columns.shape[1], dtype=columns.dtype, device=columns.device)
+    sums = torch.zeros(len(targets.counts), columns.shape[1], dtype=columns.dtype, device=columns.device)
     return Loss(total, sums.index_add_(0, targets.step, columns), targets.counts)
+
+
+def right_before(correct: Tensor, targets: Targets, rows: int) -> Tensor:
+    """[N]: 1 for each pair that is reached, because all steps before it are right. Arguments as in `collect_loss`."""
+    right_so_far = _right_so_far(correct, targets, rows)
+    return F.pad(right_so_far, (1, 0), value=1.0)[targets.state, targets.step]
+
+
+def _right_so_far(correct: Tensor, targets: Targets, rows: int) -> Tensor:
+    """[rows, steps], 1 where all steps up to this one are right; steps without a target do not count against."""
+    right = torch.ones(rows, len(targets.counts), dtype=correct.dtype, device=correct.device)
+    right[targets.state, targets.step] = correct
+    return right.cumprod(1)
 
 
 class Speculator(nn.Module):
@@ -92,6 +103,9 @@ class Speculator(nn.Module):
         """Draws every parameter in full from one generator, in a fixed order: all layouts start from the same numbers."""
         raise NotImplementedError
 
+    def init_from_base(self, readout: Readout) -> None:
+        """Copies what starts as the base's own weights. Called after `init_weights`, when the base is whole and has its weights."""
+
     @property
     def rows(self) -> tuple[str, ...]:
         """What the rows of Loss.sums are of, for reports."""
@@ -102,7 +116,7 @@ class Speculator(nn.Module):
         return align_targets(batch, self.steps)
 
     def step_weight(self) -> Tensor:
-        """float32 [steps], on the CPU: weight of each step's mean loss in the total."""
+        """float32 or float64 [steps], on the CPU: weight of each step's mean loss in the total."""
         return torch.ones(self.steps)
 
     def row_weights(self, targets: Targets, denominators: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import difflib
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.speculators.base import Speculator
+from spectitan.speculators.eagle3 import Eagle3Config, Eagle3Speculator
 from spectitan.speculators.lstm import LstmConfig, LstmSpeculator
 from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.speculators.next_token import NextToken
@@ -13,6 +14,7 @@ from spectitan.speculators.next_token import NextToken
 SPECULATORS: dict[str, tuple[type, type[Speculator]]] = {
     "mlp": (MlpConfig, MlpSpeculator),
     "lstm": (LstmConfig, LstmSpeculator),
+    "eagle3": (Eagle3Config, Eagle3Speculator),
 }
 
 

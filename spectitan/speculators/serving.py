@@ -59,7 +59,7 @@ def choose_format(speculator: Speculator, format: str) -> str:
     Raises:
         UserError: it cannot, naming the key that is in the way.
     """
-    if format == "auto":
+    if format == "auto" and speculator.formats:
         return next(format for format in speculator.formats if _holds(format, speculator))
     if format not in speculator.formats:
         allowed = ", ".join(["auto", *speculator.formats])

@@ -22,6 +22,7 @@ VOCAB, LENGTH, PROMPT, ROWS = 61, 40, 8, 6
 CONFIGS = {
     "mlp": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_weights=n > 1),
     "lstm": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_lstm_embs=n % 2 == 0),
+    "eagle3": lambda config, n: config(ttt_steps=n, num_layers=1 + (n == 2), norm_output=n == 3, sliding_window=7 if n == 4 else -1),
 }
 
 
@@ -49,13 +50,14 @@ def greedy_text(base) -> Tensor:
 
 
 def train_until_half_right(speculator: Speculator, batch: TokenBatch, states: BaseStates, base: EmbedLLaMA) -> None:
-    """Learns this very text, and stops when the whole chain is right at 3 rows of 10."""
+    """Learns this very text, and stops when the whole chain is right at 3 rows of 10 (with a part of the vocabulary, 2)."""
+    enough = 0.12 if getattr(speculator, "reduced", False) else 0.3
     optimizer = torch.optim.AdamW(speculator.parameters(), 1e-2)
     targets = speculator.align(batch)
     for _ in range(300):
         optimizer.zero_grad()
         loss = speculator(batch, states, targets, targets.counts, base.readout)
-        if loss.sums[-1, 3] > 0.3 * loss.counts[-1]:
+        if loss.sums[-1, 3] > enough * loss.counts[-1]:
             return
         loss.total.backward()
         optimizer.step()
@@ -87,7 +89,24 @@ def right_by_step(monkeypatch):
 @pytest.mark.parametrize("family", SPECULATORS)
 def test_training_and_drafting_are_right_on_the_same_tokens(family, n, base, greedy_text, right_by_step):
     speculator = build_speculator(family, CONFIGS[family](SPECULATORS[family][0], n), base.config, Objective())
-    speculator.init_weights(torch.Generator().manual_seed(n))
+    compare_at_every_state(speculator, n, base, greedy_text, right_by_step)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+def test_a_draft_vocabulary_makes_no_token_right_that_it_lacks(loss, base, greedy_text, right_by_step):
+    """Scored against the base's distribution over the draft vocabulary alone, drafts would be right where they cannot be."""
+    ids = torch.tensor([token for token in range(VOCAB) if token % 4])
+    config = SPECULATORS["eagle3"][0](ttt_steps=3, draft_vocab_size=len(ids), train_head=True)
+    speculator = build_speculator("eagle3", config, base.config, Objective(loss=loss))
+    speculator.set_vocabulary(ids)
+    outside = ~speculator.t2d[greedy_text[:, PROMPT:]]
+    assert 0.1 < outside.float().mean() < 0.5
+    compare_at_every_state(speculator, 0, base, greedy_text, right_by_step)
+
+
+def compare_at_every_state(speculator: Speculator, seed: int, base: EmbedLLaMA, greedy_text: Tensor, right_by_step) -> None:
+    speculator.init_weights(torch.Generator().manual_seed(seed))
+    speculator.init_from_base(base.readout)
     batch = as_batch(greedy_text)
     states = base(batch.tokens, batch.document_ids, taps=speculator.taps)
     train_until_half_right(speculator, batch, states, base)

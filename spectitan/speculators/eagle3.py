@@ -1,0 +1,327 @@
+"""EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840): a decoder of a few layers over hidden states of the base, trained on its own outputs."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from spectitan.config.sections import Objective, key
+from spectitan.errors import UserError
+from spectitan.models.kv_cache import KVCache, Slots
+from spectitan.models.layers import Linear, Rotation, assign, draw_normal, positions_in_documents, rope_frequencies
+from spectitan.models.readout import Readout
+from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
+from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
+from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index, right_before
+from spectitan.speculators.draft_decoder import DraftLayer, decoder_of
+from spectitan.speculators.draft_vocabulary import maps_of
+from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, cached_bias, document_spans
+from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
+
+
+@dataclass
+class Eagle3Config:
+    """Keys of EAGLE-3; names as in vLLM's speculators."""
+
+    num_layers: int = key(1, "decoder layers of the drafter", minimum=1, maximum=64)
+    draft_arch: str = key("llama", "decoder layers: llama, or qwen3, which norms queries and keys", choices=("llama", "qwen3"))
+    draft_hidden_act: str = key("silu", "activation of the drafter's MLP: silu, gelu, gelu_pytorch_tanh, relu; inherit: the base's")
+    target_layer_ids: list[int] = key(
+        [], "states of the base that are read: id k enters layer k, the number of layers is before the final norm; empty: three", minimum=0
+    )
+    norm_before_residual: bool = key(True, "first layer: the residual is the normed state; false: the state itself")
+    norm_before_fc: bool = key(False, "an RMS norm over the joined states of the base, before they are projected")
+    fc_norm: bool = key(False, "an RMS norm of each of these states instead")
+    norm_output: bool = key(False, "the next step takes in the normed output of the one before; false: the output itself")
+    embed_requires_grad: bool = key(False, "train an embedding of its own, which starts as the base's")
+    train_head: bool = key(False, "train a head of its own, which starts as the base's")
+    sliding_window: int = key(-1, "tokens that a layer sees at most; -1: all", minimum=-1)
+    sliding_window_indices: list[int] = key([], "the layers that see no more than sliding_window; empty: all", minimum=0)
+    ttt_steps: int = key(3, "steps of test-time training: tokens it is trained to look ahead", minimum=1, maximum=64)
+    ttt_step_loss_decay: float = key(1.0, "each step's loss counts so many times that of the one before", above=0)
+    ttt_tokens: str = key(
+        "ground_truth", "tokens that later steps take in: those of the text, or its own likeliest", choices=("ground_truth", "own")
+    )
+    attention: str = key(
+        "auto", "in training. flex: FlexAttention (GPU); sdpa: by document (CPU); eager: by document, written out", choices=BACKENDS
+    )
+    draft_vocab_size: int = key(-1, "tokens that it can draft, the most frequent ones; -1: all", minimum=-1)
+
+
+class Eagle3Speculator(Speculator):
+    """`speculator.type = "eagle3"`.
+
+    State row i takes in h = fc(states of the base at i) and the embedding of token i + 1; its output is scored by the base's
+    head and is the h of the next step, which takes in token i + 2.
+
+    Args:
+        config: its keys.
+        base_config: of the base.
+        objective: loss and chunk size.
+
+    Attributes:
+        decoder: shape of its layers.
+        d2t: int64 [draft_vocab_size], token id - draft id; only with a reduced vocabulary.
+        t2d: bool [vocab_size], whether a token can be drafted; likewise.
+    """
+
+    metrics = ("loss", "accuracy", "alpha", "full_accuracy", "reached", "outside_vocabulary")
+
+    def __init__(self, config: Eagle3Config, base_config, objective: Objective):
+        super().__init__()
+        self.config, self.decoder = config, decoder_of(config, base_config)
+        self.steps, self.hidden_size, self.vocab_size = config.ttt_steps, self.decoder.hidden_size, base_config.vocab_size
+        self.loss, self.chunk_rows = objective.loss, objective.chunk_rows
+        self.taps = _taps(config.target_layer_ids, base_config.num_layers)
+        if config.norm_before_fc and config.fc_norm:
+            raise UserError("speculator.norm_before_fc = true and speculator.fc_norm = true; allowed: one of them")
+        width, eps = self.hidden_size, self.decoder.norm_eps
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(len(self.taps) * width, eps=eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(width, eps=eps) for _ in self.taps)
+        self.fc = Linear(len(self.taps) * width, width, bias=False)
+        windows = _windows(config)
+        self.layers = nn.ModuleList(
+            DraftLayer(self.decoder, window, takes_token=index == 0, norm_before_residual=config.norm_before_residual)
+            for index, window in enumerate(windows)
+        )
+        self.norm = nn.RMSNorm(width, eps=eps)
+        self.draft_vocab_size = _draft_vocab_size(config, self.vocab_size)
+        self.reduced = self.draft_vocab_size < self.vocab_size
+        if config.embed_requires_grad:
+            self.embed_tokens = nn.Embedding(self.vocab_size, width)
+        if config.train_head:
+            self.lm_head = Linear(width, self.draft_vocab_size, bias=False)
+        if self.reduced:
+            self.register_buffer("d2t", torch.zeros(self.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.zeros(self.vocab_size, dtype=torch.bool))
+        self._frequencies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def set_vocabulary(self, token_ids: Tensor) -> None:
+        """The tokens that it can draft, int64 [draft_vocab_size], ascending."""
+        d2t, t2d = maps_of(token_ids, self.vocab_size)
+        self.d2t.copy_(d2t)
+        self.t2d.copy_(t2d)
+
+    @property
+    def draft_ids(self) -> Tensor:
+        """int64 [draft_vocab_size], ascending: the token of each row of the head."""
+        return torch.arange(self.draft_vocab_size, device=self.d2t.device) + self.d2t
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Matrices from N(0, initializer_range^2) of the base; norms 1. An embedding or head of its own: see `init_from_base`."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                assign(parameter, torch.ones(parameter.shape))
+            elif name.endswith(".bias"):
+                assign(parameter, torch.zeros(parameter.shape))
+            else:
+                draw_normal(parameter, self.decoder.initializer_range, generator)
+
+    def init_from_base(self, readout: Readout) -> None:
+        if self.config.embed_requires_grad:
+            assign(self.embed_tokens.weight, readout.embedding.weight.detach())
+        if self.config.train_head:
+            assign(self.lm_head.weight, self._rows_of_head(readout))
+
+    def step_weight(self) -> Tensor:
+        return self.config.ttt_step_loss_decay ** torch.arange(self.steps, dtype=torch.float64)
+
+    # ---- training ----
+
+    def align(self, batch: TokenBatch) -> Targets:
+        """The pairs, and as `extra`: where each pair's output is among those of all steps [N], the rows that go on after step 0
+        [R], and the documents [D, 2], all int64."""
+        targets = align_targets(batch, self.steps)
+        later = targets.step > 0
+        rows, place = torch.unique(targets.state[later], return_inverse=True)
+        output = targets.state.clone()
+        output[later] = batch.document_ids.numel() + (targets.step[later] - 1) * len(rows) + place
+        return replace(targets, extra=(output, rows, document_spans(batch.document_ids)))
+
+    def forward(self, batch: TokenBatch, states: BaseStates, targets: Targets, denominators: Tensor, readout: Readout) -> Loss:
+        output, rows, _ = targets.extra
+        host, text, final = targets.host or targets, batch.tokens.flatten(), states.final.detach().flatten(0, 1)
+        attention = TTTAttention(self.config.attention, batch.document_ids, host.extra[2], rows)
+        hidden = self.norm(self._unroll(batch, states, rows, attention, readout).index_select(0, output))
+        tokens, row_weights = text[targets.teacher + 1], self.row_weights(targets, denominators)
+        inside, ids = torch.ones_like(tokens, dtype=torch.bool), tokens
+        if self.reduced:
+            inside = self.t2d[tokens]
+            ids = torch.searchsorted(self.draft_ids, tokens).clamp_max(self.draft_vocab_size - 1)
+            if self.loss == "ce":  # there is no logit of such a target
+                row_weights = row_weights * inside
+
+        def loss_of_head(readout: Readout, hidden: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+            frozen = self._rows_of_head(readout)
+            head = self.lm_head.weight if self.config.train_head else frozen
+            teacher = None if self.loss == "ce" else Teacher(final, frozen, host.teacher)
+            total, row_stats = fused_linear_loss(
+                hidden, head, row_weights, loss=self.loss, targets=ids, teacher=teacher, chunk_rows=self.chunk_rows
+            )
+            if self.loss == "ce":
+                row_stats = row_stats * inside[:, None]
+            row_stats[:, 1] *= inside
+            if self.reduced and not torch.is_grad_enabled():  # validation: against all of the base's vocabulary
+                row_stats[:, 2] = expected_acceptance(hidden, head, final, readout.head.weight, targets.teacher, self.draft_ids)
+            return total, row_stats
+
+        total, row_stats = readout.call(loss_of_head, hidden, row_weights)
+        own = torch.stack([right_before(row_stats[:, 1], targets, len(text)), ~inside], 1)
+        return collect_loss(total, torch.cat([row_stats, own.to(row_stats.dtype)], 1), targets, len(text))
+
+    def _unroll(self, batch: TokenBatch, states: BaseStates, rows: Tensor, attention: TTTAttention, readout: Readout) -> Tensor:
+        """Outputs of all steps, one after another: [T + (steps - 1) * R, hidden], of the T = batch * seq rows at step 0 and of the
+        R that go on after it."""
+        text, hidden = batch.tokens.flatten(), self._join(states.taps).view(1, -1, self.hidden_size)
+        row, position = torch.arange(len(text), device=text.device), positions_in_documents(batch.document_ids).flatten()
+        embedded, memories, outputs = self._embed(text, readout), [Memory() for _ in self.layers], []
+        for step in range(self.steps):
+            if step == 1:
+                if not len(rows):
+                    break
+                row, position, hidden = rows, position[rows], hidden[:, rows]
+            if step and self.config.ttt_tokens == "own":
+                taken_in = self._embed(self._likeliest(outputs[-1][:, rows] if step == 1 else outputs[-1], readout), readout)
+            else:  # past the end of the batch any token does: no pair there is supervised
+                taken_in = embedded[(row + 1 + step).clamp_max(len(text) - 1)]
+            rotation = Rotation.at((position + step)[None], self._frequencies_on(hidden), hidden.dtype)
+            for layer, memory in zip(self.layers, memories):
+                residual, queries, keys, values = layer.project(hidden, taken_in[None], rotation)
+                memory.add(keys, values)
+                hidden = layer.finish(residual, attention(queries, memory, layer.window))
+            outputs.append(hidden)
+            hidden = self._passed_on(hidden)
+        return torch.cat(outputs, 1)[0]
+
+    def _join(self, taps: tuple[Tensor, ...]) -> Tensor:
+        """States of the base -> [..., hidden], what step 0 starts from."""
+        if self.config.fc_norm:
+            taps = tuple(norm(tap) for norm, tap in zip(self.fc_norm, taps))
+        joined = torch.cat(taps, -1)
+        return self.fc(self.input_norm(joined) if self.config.norm_before_fc else joined)
+
+    def _passed_on(self, output: Tensor) -> Tensor:
+        """What the next step starts from."""
+        return self.norm(output) if self.config.norm_output else output
+
+    def _embed(self, tokens: Tensor, readout: Readout) -> Tensor:
+        return self.embed_tokens(tokens) if self.config.embed_requires_grad else readout.embed(tokens).detach()
+
+    def _rows_of_head(self, readout: Readout) -> Tensor:
+        """[draft_vocab_size, hidden]: the base's head, of the tokens that can be drafted. Inside `readout.call`."""
+        weight = readout.head.weight.detach()
+        return weight.index_select(0, self.draft_ids) if self.reduced else weight
+
+    @torch.no_grad()
+    def _likeliest(self, output: Tensor, readout: Readout) -> Tensor:
+        """int64 [R]: the token that each output [1, R, hidden] would draft."""
+
+        def choose(readout: Readout, hidden: Tensor) -> Tensor:
+            return argmax_tokens(hidden, self.lm_head.weight if self.config.train_head else self._rows_of_head(readout))
+
+        ids = readout.call(choose, self.norm(output[0]))
+        return self.draft_ids[ids] if self.reduced else ids
+
+    def _frequencies_on(self, x: Tensor) -> Tensor:
+        where = x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
+        if where not in self._frequencies:
+            decoder = self.decoder
+            frequencies = rope_frequencies(decoder.head_dim, decoder.rope_theta, decoder.rope_scaling, where[1])
+            self._frequencies[where] = frequencies.to(x.device)
+        return self._frequencies[where]
+
+    # ---- drafting ----
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        return KVCache(len(self.layers), batch, length, self.norm.weight.device)
+
+    def draft(self, cache: KVCache, tokens: Tensor, states: BaseStates, counts: Tensor, readout: Readout, k: int, pick: Pick) -> Draft:
+        """A chain. The verified tokens stay in the cache; drafted ones lie behind them, and the next round overwrites them."""
+        hidden = self._cached(self._join(states.taps), tokens, cache, cache.next_slots(tokens.shape[1]), readout)
+        hidden = hidden[last_index(counts)]
+        cache.commit(counts)
+        ahead = cache.next_slots(k - 1) if k > 1 else None
+        drafted, probabilities = [], []
+        for step in range(k):
+            token, probability = pick(self._logits(hidden, readout), step)
+            drafted.append(token)
+            probabilities.append(probability)
+            if step + 1 < k:
+                hidden = self._cached(self._passed_on(hidden)[:, None], token[:, None], cache, ahead.one(step), readout)[:, 0]
+        greedy = probabilities[0] is None
+        return Draft(torch.stack(drafted, 1)[:, None], None if greedy else torch.stack(probabilities, 1)[:, None])
+
+    def _cached(self, hidden: Tensor, tokens: Tensor, cache: KVCache, slots: Slots, readout: Readout) -> Tensor:
+        """Outputs [batch, m, hidden] for states [batch, m, hidden] and tokens [batch, m]; a slot is a position."""
+        rotation = Rotation.at(slots.index, self._frequencies_on(hidden), hidden.dtype)
+        embedded = self._embed(tokens, readout)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, embedded, rotation, cached_bias(slots, layer.window, hidden.dtype), cache, index, slots)
+        return hidden
+
+    def _logits(self, output: Tensor, readout: Readout) -> Tensor:
+        """[batch, hidden] -> [batch, vocab]; -inf for tokens that it cannot draft."""
+
+        def score(readout: Readout, hidden: Tensor) -> Tensor:
+            return hidden @ (self.lm_head.weight if self.config.train_head else self._rows_of_head(readout)).T
+
+        logits = readout.call(score, self.norm(output))
+        if not self.reduced:
+            return logits
+        return logits.new_full((len(logits), self.vocab_size), -torch.inf).index_copy_(1, self.draft_ids, logits)
+
+    # ---- what it costs ----
+
+    def flops(self, targets_per_step: list[int], tokens: int) -> int:
+        """Forward and backward, attention's scores left out. Each product three times, twice where its input or its weight needs
+        no gradient (the base's states; the frozen head)."""
+        later = max(targets_per_step[1:], default=0)
+        rows = tokens + (self.steps - 1) * later
+        layers = 6 * rows * sum(layer.matrix_elements() for layer in self.layers)
+        projections = self.layers[0].self_attn
+        from_tokens = 0
+        if not self.config.embed_requires_grad:
+            outputs = sum(part.out_features for part in (projections.q_proj, projections.k_proj, projections.v_proj))
+            from_tokens = 2 * rows * self.hidden_size * outputs
+        join = 4 * tokens * self.fc.weight.numel()
+        pairs, head = sum(targets_per_step), self.hidden_size * self.draft_vocab_size
+        teacher = 0 if self.loss == "ce" else 2 * max(targets_per_step) * head
+        return layers - from_tokens + join + (6 if self.config.train_head else 4) * pairs * head + teacher
+
+
+def _taps(ids: list[int], num_layers: int) -> tuple[int, ...]:
+    """speculator.target_layer_ids, ascending; by default three that are spread over the base."""
+    if ids:
+        if len(set(ids)) < len(ids) or max(ids) > num_layers:
+            raise UserError(f"speculator.target_layer_ids = {ids}; allowed: different ids from 0 to the base's {num_layers} layers")
+        return tuple(sorted(ids))
+    if num_layers >= 7:
+        return 2, num_layers // 2, num_layers - 3
+    if num_layers >= 3:
+        highest = max(3, num_layers - 1)
+        return 1, (1 + highest) // 2, highest
+    return tuple(range(num_layers + 1))
+
+
+def _windows(config: Eagle3Config) -> list[int]:
+    """Of each layer; -1: it sees all."""
+    indices, window = config.sliding_window_indices, config.sliding_window
+    if window == 0:
+        raise UserError("speculator.sliding_window = 0; allowed: -1, or 1 and more")
+    if indices and window == -1:
+        raise UserError(f"speculator.sliding_window_indices = {indices} with speculator.sliding_window = -1; allowed: with a window")
+    if len(set(indices)) < len(indices) or max(indices, default=0) >= config.num_layers:
+        raise UserError(
+            f"speculator.sliding_window_indices = {indices}; allowed: different layers from 0 to {config.num_layers - 1}, "
+            "as speculator.num_layers says"
+        )
+    return [window if not indices or index in indices else -1 for index in range(config.num_layers)]
+
+
+def _draft_vocab_size(config: Eagle3Config, vocab_size: int) -> int:
+    size = vocab_size if config.draft_vocab_size == -1 else config.draft_vocab_size
+    if not 1 <= size <= vocab_size:
+        raise UserError(f"speculator.draft_vocab_size = {size}; allowed: -1, or 1 to the base's {vocab_size} tokens")
+    return size

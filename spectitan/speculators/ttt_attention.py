@@ -1,0 +1,318 @@
+"""Attention of test-time training (EAGLE-3, Li et al. 2025, https://arxiv.org/abs/2503.01840), without a rows x rows tensor.
+
+All rows of a micro-batch lie one after another; a document is a run of them. At step k a row sees
+
+    of step 0        the keys of its document up to its own: the block
+    of steps 1 .. k  its own key of that step: a diagonal each
+
+which is what a drafter sees that has cached the verified tokens and then k drafted ones. The block's softmax and the diagonals'
+terms are merged by their log-sum-exps. In a sliding window of w tokens, the row of step k stands k tokens further: of step 0 it
+sees the last w - k keys.
+
+Shapes: queries [1, heads, R, head_dim], keys and values [1, kv_heads, R, head_dim]. R is T, all rows, at step 0, and at later steps
+the rows that have targets there.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from spectitan.errors import UserError
+from spectitan.models.kv_cache import Slots
+from spectitan.models.layers import attention_bias
+
+BACKENDS = ("auto", "flex", "sdpa", "eager")
+_BAND_ROWS = 256  # queries of one call inside a sliding window: its mask has so many rows
+_FLEX_BLOCK = 128
+
+
+class Memory:
+    """Keys and values of one layer: of step 0 for all rows, and of each later step for the rows that go on."""
+
+    def __init__(self):
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self.keys.append(keys)
+        self.values.append(values)
+
+
+class Piece(NamedTuple):
+    """Consecutive queries of one document, and the keys that they see."""
+
+    queries: slice
+    keys: slice
+    causal: bool  # from the document's first row on; else a band: query r sees the keys r .. r + reach - 1 of the slice
+
+
+def document_spans(document_ids: Tensor) -> Tensor:
+    """int64 [documents, 2]: first row of each document and the row after its last, over batch * seq rows without padding."""
+    ids = document_ids.flatten()
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    starts = first.nonzero()[:, 0]
+    stops = torch.cat([starts[1:], starts.new_tensor([len(ids)])])
+    return torch.stack([starts, stops], 1)[ids[starts] >= 0]
+
+
+class TTTAttention:
+    """The attention of one micro-batch.
+
+    Args:
+        backend: one of BACKENDS; auto is flex on a GPU, sdpa on a CPU.
+        document_ids: int64 [batch, seq], where the computation is.
+        spans: what `document_spans` says of them, on the host.
+        rows: int64 [R], ascending, that go on after step 0, where the computation is.
+    """
+
+    def __init__(self, backend: str, document_ids: Tensor, spans: Tensor, rows: Tensor):
+        on_cpu = document_ids.device.type == "cpu"
+        backend = ("sdpa" if on_cpu else "flex") if backend == "auto" else backend
+        if backend == ("flex" if on_cpu else "sdpa"):
+            where, allowed = ("a CPU", "auto, sdpa, eager") if on_cpu else ("a GPU", "auto, flex, eager")
+            raise UserError(f'speculator.attention = "{backend}" has no backward on {where}; allowed: {allowed}')
+        self.backend, self.document_ids, self.spans, self.rows = backend, document_ids.flatten(), spans.tolist(), rows
+        self._plans: dict[int, object] = {}  # by reach
+
+    def __call__(self, queries: Tensor, memory: Memory, window: int) -> Tensor:
+        """[1, heads, R, head_dim], of the queries of the step whose keys and values `memory` was given last. window: -1 for none."""
+        (block_keys, *own_keys), (block_values, *own_values) = memory.keys, memory.values
+        step, length = len(own_keys), block_keys.shape[2]
+        reach = length if window == -1 else min(length, max(0, window - step))
+        if window != -1:
+            own_keys, own_values = own_keys[max(0, step - window) :], own_values[max(0, step - window) :]
+        rows = self.rows if step else None
+        if self.backend == "sdpa":
+            pieces = self._plan(reach, self._pieces)
+            return _PerDocument.apply(pieces, reach, rows, queries, block_keys, block_values, *own_keys, *own_values)
+        attended, lse = self._block(_spread(queries, rows, length), block_keys, block_values, reach)
+        return _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)[0] if step else attended
+
+    def _block(self, queries: Tensor, keys: Tensor, values: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """Attention over step 0 alone, of all rows, and its log-sum-exp [1, heads, T] in float32 or wider."""
+        if self.backend == "eager":
+            return _by_pieces(_eager_piece, self._plan(reach, self._pieces), reach, queries, *_for_each_head(queries, keys, values))
+        attended, more = _compiled_flex()(
+            queries,
+            keys,
+            values,
+            block_mask=self._plan(reach, self._block_mask),
+            enable_gqa=queries.shape[1] != keys.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+        return attended, more.lse
+
+    def _plan(self, reach: int, make):
+        if reach not in self._plans:
+            self._plans[reach] = make(reach)
+        return self._plans[reach]
+
+    def _pieces(self, reach: int) -> list[Piece]:
+        pieces = []
+        for start, stop in self.spans if reach else ():
+            causal_stop = min(stop, start + reach)
+            pieces.append(Piece(slice(start, causal_stop), slice(start, causal_stop), True))
+            for first in range(causal_stop, stop, _BAND_ROWS):
+                last = min(stop, first + _BAND_ROWS)
+                pieces.append(Piece(slice(first, last), slice(first - reach + 1, last), False))
+        return pieces
+
+    def _block_mask(self, reach: int) -> BlockMask:
+        return flex_block_mask(self.document_ids, reach)
+
+
+def flex_block_mask(document_ids: Tensor, reach: int) -> BlockMask:
+    """FlexAttention's mask, its blocks in closed form: nothing of rows x rows is evaluated.
+
+    A document is a run of rows, so the keys that a block of queries sees are a run too: from the first one that its first query
+    sees up to its last query. Of those blocks, the ones that every query sees whole need no mask.
+
+    Args:
+        document_ids: int64 [T].
+        reach: keys that a row sees at most, its own included.
+    """
+    length, device = len(document_ids), document_ids.device
+    index = torch.arange(length, device=device)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[1:] = document_ids[1:] != document_ids[:-1]
+    first_key = torch.maximum(torch.where(is_first, index, 0).cummax(0).values, index - reach + 1)  # [T], ascending
+    blocks = -(-length // _FLEX_BLOCK)
+    block = torch.arange(blocks, device=device)
+    lowest = first_key[block * _FLEX_BLOCK]
+    highest = first_key[((block + 1) * _FLEX_BLOCK - 1).clamp_max(length - 1)]
+    first_seen = lowest // _FLEX_BLOCK
+    first_full = torch.minimum(-(-highest // _FLEX_BLOCK), block)  # the blocks first_full .. block - 1 are seen whole
+    order = block.expand(blocks, blocks)
+    partial = (order >= first_seen[:, None]) & (order < first_full[:, None]) | (order == block[:, None])
+    full = (order >= torch.maximum(first_full, first_seen)[:, None]) & (order < block[:, None])
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        indices = torch.argsort(chosen.int(), dim=1, descending=True, stable=True)
+        return chosen.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None]
+
+    def visible(batch, head, query, key):
+        return (key <= query) & (key >= first_key[query])
+
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK_SIZE=_FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length))
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def cached_bias(slots: Slots, window: int, dtype: torch.dtype) -> Tensor | None:
+    """Bias of attention over the slots of a cache whose places are positions; None where attention needs none."""
+    m, windowed = slots.index.shape[1], 0 < window < slots.stop
+    if not windowed and slots.start >= 0 and (m == 1 or slots.start == 0):
+        return None
+    keys = torch.arange(slots.stop, device=slots.index.device)
+    visible = keys <= slots.index[..., None]
+    if windowed:
+        visible = visible & (keys > slots.index[..., None] - window)
+    return attention_bias(visible, dtype)
+
+
+class _PerDocument(torch.autograd.Function):
+    """One call of PyTorch's fused CPU attention for each piece, and the diagonals, with the gradient of both in closed form.
+
+    Given the merged output and log-sum-exp, the fused backward of the block gives exactly the block's share of the gradient:
+    its weights are exp(score - log-sum-exp), whatever else the log-sum-exp holds (as in ring attention).
+    """
+
+    @staticmethod
+    def forward(ctx, pieces, reach, rows, queries, keys, values, *own):
+        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
+        spread = _spread(queries, rows, keys.shape[2])
+        attended, lse = _by_pieces(_fused_piece, pieces, reach, spread, *_for_each_head(queries, keys, values))
+        if own:
+            attended, lse = _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)
+        ctx.pieces, ctx.reach, ctx.rows = pieces, reach, rows
+        ctx.save_for_backward(queries, keys, values, attended, lse, *own)
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_attended):
+        queries, keys, values, attended, lse, *own = ctx.saved_tensors
+        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
+        length = keys.shape[2]
+        spread = [_spread(x, ctx.rows, length) for x in (queries, d_attended, attended, lse)]
+        d_queries, d_keys, d_values = _block_backward(ctx.pieces, ctx.reach, *spread, *_for_each_head(queries, keys, values))
+        d_queries, d_keys, d_values = _gather(d_queries, ctx.rows), _sum_groups(d_keys, keys), _sum_groups(d_values, values)
+        d_own_keys, d_own_values = [], []
+        if own:
+            scale, wide = queries.shape[3] ** -0.5, lse.dtype
+            groups = (1, keys.shape[1], -1, queries.shape[2], queries.shape[3])
+            q, d_out = queries.view(groups).to(wide), d_attended.reshape(groups).to(wide)
+            offset = (d_out * attended.view(groups).to(wide)).sum(-1)
+            d_q = d_queries.view(groups).to(wide)
+            for key, value, score in zip(own_keys, own_values, _own_scores(queries, own_keys)):
+                key, value = key[:, :, None].to(wide), value[:, :, None].to(wide)
+                weight = (score - lse).exp().view(groups[:-1])
+                d_score = (weight * ((d_out * value).sum(-1) - offset) * scale)[..., None]
+                d_q = d_q + d_score * key
+                d_own_keys.append((d_score * q).sum(2).to(keys.dtype))
+                d_own_values.append((weight[..., None] * d_out).sum(2).to(values.dtype))
+            d_queries = d_q.to(queries.dtype).view_as(queries)
+        return None, None, None, d_queries, d_keys, d_values, *d_own_keys, *d_own_values
+
+
+def _by_pieces(attend, pieces: list[Piece], reach: int, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of all rows; 0 and -inf where no piece has a row."""
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    attended, lse = torch.zeros_like(queries), torch.full(queries.shape[:3], -torch.inf, dtype=wide, device=queries.device)
+    band = _band(pieces, reach, queries)
+    for piece in pieces:
+        q, k, v = queries[:, :, piece.queries], keys[:, :, piece.keys], values[:, :, piece.keys]
+        attended[:, :, piece.queries], lse[:, :, piece.queries] = attend(q, k, v, _bias(band, piece))
+    return attended, lse
+
+
+def _fused_piece(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, bias is None, attn_mask=bias)
+
+
+def _eager_piece(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores of a piece written out, differentiable."""
+    scores = (queries @ keys.mT).to(torch.promote_types(queries.dtype, torch.float32)) * queries.shape[3] ** -0.5
+    if bias is None:
+        seen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    else:
+        scores = scores + bias
+    return scores.softmax(-1).to(values.dtype) @ values, scores.logsumexp(-1)
+
+
+def _block_backward(pieces, reach, queries, d_attended, attended, lse, keys, values) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of all rows' queries, and of keys and values by head. A row outside `rows` has query and gradient 0, and adds 0."""
+    d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    band = _band(pieces, reach, queries)
+    for piece in pieces:
+        at, seen, bias = piece.queries, piece.keys, _bias(band, piece)
+        d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_attended[:, :, at], queries[:, :, at], keys[:, :, seen], values[:, :, seen], attended[:, :, at], lse[:, :, at],
+            0.0, bias is None, attn_mask=bias,
+        )  # fmt: skip
+        d_queries[:, :, at] = d_q
+        d_keys[:, :, seen] += d_k
+        d_values[:, :, seen] += d_v
+    return d_queries, d_keys, d_values
+
+
+def _band(pieces: list[Piece], reach: int, like: Tensor) -> Tensor | None:
+    """[rows, rows + reach - 1]: 0 where key column c is one of r .. r + reach - 1, else -inf; None if no piece needs it."""
+    rows = max((piece.queries.stop - piece.queries.start for piece in pieces if not piece.causal), default=0)
+    if not rows:
+        return None
+    ahead = torch.arange(rows + reach - 1, device=like.device) - torch.arange(rows, device=like.device)[:, None]
+    return torch.zeros_like(ahead, dtype=like.dtype).masked_fill_((ahead < 0) | (ahead >= reach), -torch.inf)
+
+
+def _bias(band: Tensor | None, piece: Piece) -> Tensor | None:
+    return None if piece.causal else band[: piece.queries.stop - piece.queries.start, : piece.keys.stop - piece.keys.start]
+
+
+def _merge(queries: Tensor, attended: Tensor, lse: Tensor, own_keys, own_values) -> tuple[Tensor, Tensor]:
+    """The block's output and log-sum-exp with the diagonals' terms added."""
+    scores = _own_scores(queries, own_keys)
+    total = torch.stack([lse, *scores]).logsumexp(0)
+    groups = (1, own_keys[0].shape[1], -1, *queries.shape[2:])
+    merged = attended.view(groups) * (lse - total).exp().view(groups[:-1])[..., None]
+    for score, value in zip(scores, own_values):
+        merged = merged + (score - total).exp().view(groups[:-1])[..., None] * value[:, :, None]
+    return merged.to(queries.dtype).view_as(queries), total
+
+
+def _own_scores(queries: Tensor, own_keys) -> list[Tensor]:
+    """[1, heads, R] of each step, in float32 or wider."""
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    scaled = queries.to(wide) * queries.shape[3] ** -0.5
+    groups = (1, own_keys[0].shape[1], -1, *queries.shape[2:])
+    return [(scaled.view(groups) * key[:, :, None]).sum(-1).view(queries.shape[:3]) for key in own_keys]
+
+
+def _for_each_head(queries: Tensor, *shared: Tensor) -> list[Tensor]:
+    """Keys and values repeated for the heads that share them."""
+    repeats = queries.shape[1] // shared[0].shape[1]
+    return [x if repeats == 1 else x.repeat_interleave(repeats, 1) for x in shared]
+
+
+def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
+    """Undoes `_for_each_head` for a gradient."""
+    return gradient.view(1, like.shape[1], -1, *like.shape[2:]).sum(2)
+
+
+def _spread(x: Tensor, rows: Tensor | None, length: int) -> Tensor:
+    """[1, heads, R, ...] -> [1, heads, T, ...], 0 in the other rows."""
+    return x if rows is None else x.new_zeros(*x.shape[:2], length, *x.shape[3:]).index_copy(2, rows, x)
+
+
+def _gather(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(2, rows)
