@@ -178,6 +178,8 @@ class Trainer:
         )  # fmt: skip
         self.base.to_empty(device=self.device)  # from here on a rank holds its share, and reads no more than that
         fill_model(self.base, self.base_path, config.base.init, config.job.seed)
+        if not self.fine_tunes:
+            self.speculator.init_from_base(self.base.readout)
         self.source = self.states_of_text = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
         if config.stage2.start_step >= 0:
             self.source = ContinuedStates(

@@ -17,7 +17,7 @@ from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import SPECULATORS, build_speculator
 from spectitan.speculators.serving import describe_folder, load_speculator
-from spectitan.training.checkpoint import find_checkpoint, read_state, read_tensors
+from spectitan.training.checkpoint import find_checkpoint, module_tensors, read_state, read_tensors
 
 
 class Trained(NamedTuple):
@@ -173,8 +173,8 @@ def read_speculator(trained: Trained, base_config: LlamaConfig, objective: Objec
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies a checkpoint's tensors into a module's parameters, all of them and no others."""
-    parameters = dict(module.named_parameters())
+    """Copies a checkpoint's tensors into a module's parameters and persistent buffers, all of them and no others."""
+    parameters = module_tensors(module)
     for name in sorted(parameters.keys() | tensors.keys()):
         expected, found = (list(group[name].shape) if name in group else "no such tensor" for group in (parameters, tensors))
         if expected != found:

@@ -218,6 +218,11 @@ def assign(parameter: nn.Parameter, full: Tensor) -> None:
     local.copy_(full[place])
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded, without gradient; all ranks call it together."""
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
 def draw_normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
     """Fills a parameter from N(0, std^2), drawn in full and in float32 from a CPU generator: alike on all layouts and devices."""
     assign(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -104,7 +104,7 @@ class Speculator(nn.Module):
         raise NotImplementedError
 
     def init_from_base(self, readout: Readout) -> None:
-        """Copies what starts as the base's own weights. Called after `init_weights`, when the base is whole and has its weights."""
+        """Copies what starts as the base's own weights, of a new speculator. Both may be sharded; all ranks call it together."""
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
 from spectitan.models.kv_cache import KVCache, Slots
-from spectitan.models.layers import Linear, Rotation, assign, draw_normal, positions_in_documents, rope_frequencies
+from spectitan.models.layers import Linear, Rotation, assign, draw_normal, positions_in_documents, rope_frequencies, whole
 from spectitan.models.readout import Readout
 from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
@@ -121,9 +121,10 @@ class Eagle3Speculator(Speculator):
 
     def init_from_base(self, readout: Readout) -> None:
         if self.config.embed_requires_grad:
-            assign(self.embed_tokens.weight, readout.embedding.weight.detach())
+            assign(self.embed_tokens.weight, whole(readout.embedding.weight))
         if self.config.train_head:
-            assign(self.lm_head.weight, self._rows_of_head(readout))
+            head = whole(readout.head.weight)
+            assign(self.lm_head.weight, head[self.draft_ids] if self.reduced else head)
 
     def step_weight(self) -> Tensor:
         return self.config.ttt_step_loss_decay ** torch.arange(self.steps, dtype=torch.float64)

@@ -289,6 +289,7 @@ def test_flex_blocks_in_closed_form_are_those_of_the_dense_mask(lengths, reach):
         assert not partial or tiles[i, j].any(), "a block that nothing is seen of"
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [-1, 5])
 def test_flex_attention_forward_equals_the_others(window, monkeypatch):
     """Its backward needs a GPU; its mask, its log-sum-exp and the merging are the same on a CPU, eagerly."""

@@ -337,14 +337,14 @@ def test_combinations_that_cannot_be():
         build_speculator("mlp", MlpConfig(n_speculator_heads=1), base, Objective())
     with pytest.raises(UserError, match="speculator.speculator_width = 0; allowed"):
         build_speculator("mlp", MlpConfig(speculator_width=0), base, Objective())
-    with pytest.raises(UserError, match="speculator.type = 'mpl': allowed: mlp, lstm, none; did you mean 'mlp'?"):
+    with pytest.raises(UserError, match="speculator.type = 'mpl': allowed: mlp, lstm, eagle3, none; did you mean 'mlp'?"):
         build_speculator("mpl", MlpConfig(), base, Objective())
     assert build_speculator("mlp", MlpConfig(), base, Objective()).width == HIDDEN
     with pytest.raises(UserError, match='speculator.tie_weights = false; allowed: true with speculator.type = "lstm"'):
         build_speculator("lstm", LstmConfig(tie_weights=False), base, Objective())
 
 
-@pytest.mark.parametrize("family", SPECULATORS)
+@pytest.mark.parametrize("family", ["mlp", "lstm"])
 @pytest.mark.parametrize("key", ["emb_dim", "proj_dim", "inner_dim"])
 @pytest.mark.parametrize(
     "value", ["1024.", ".5", "0.5", "", "2..3", 0, "0", "-1.4", "1e3", "4,5", " 4", "1_0", "٤", "1000000", "x", ".".join("1" * 9)]
