@@ -177,7 +177,7 @@ def _masked(prompt: np.ndarray, mask: np.ndarray, response: np.ndarray | tuple) 
 def _framed(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """ids of a text with what begins and what ends a text, where that is not there already."""
     begin, end = np.array(tokenizer.prompt([]), np.uint32), _end(tokenizer)
-    return np.concatenate([begin[: ids[0] != tokenizer.bos_id], ids, end[: ids[-1] != tokenizer.eos_id]])
+    return np.concatenate([begin[: int(ids[0] != tokenizer.bos_id)], ids, end[: int(ids[-1] != tokenizer.eos_id)]])
 
 
 def _joined(parts: list[Encoded]) -> Encoded:
