@@ -1,9 +1,12 @@
 """Files and folders that are whole or not there, also after a crash."""
 
+import json
 import os
 import secrets
 from collections.abc import Collection
 from pathlib import Path
+
+from spectitan.errors import UserError
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -40,6 +43,19 @@ def replace_folder(temporary: Path, path: Path, stale: Collection[str], last: st
         if old.name not in new:
             old.unlink()
     (temporary / last).replace(path / last)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} where there is none. UserError if it is something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
 
 
 def sync(path: Path) -> None:

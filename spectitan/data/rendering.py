@@ -2,17 +2,21 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 
+from spectitan.chats.process import LimitExceeded, RenderingProcess, Request
+from spectitan.chats.template import Conversation
 from spectitan.config.sections import Data
-from spectitan.data.chat_template import ChatTemplate
 from spectitan.data.documents import Content, Document, Found, Ids, Messages, PromptResponse
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_BATCH_CHATS, _BATCH_CHARACTERS = 256, 2**18  # handed to the template together
 
 
 class Rendered(NamedTuple):
@@ -24,57 +28,113 @@ class Rendered(NamedTuple):
 
 
 def rendered(documents: Iterable[Document], tokenizer: Tokenizer, data: Data, found: Found, name: str) -> Iterator[Document]:
-    """Documents whose content is a text, a prompt with its response, Rendered or Ids: no messages are left.
+    """Documents whose content is a text, a prompt with its response, Rendered or Ids: no messages are left. To be closed.
 
     A prompt becomes the one user message of a chat, as in VERL; without a chat template it stays a text that the response follows.
-    Documents that cannot be rendered are counted in `found`. Runs in the main thread, so that a template's time can be limited.
+    Documents that cannot be rendered are counted in `found`. The template runs in a process of its own, ahead of what is yielded.
 
     Args:
         name: of the dataset, for the log.
 
     Raises:
-        UserError: messages, and the base has no template; one that does not end; one that fails, or an id out of the vocabulary,
-            under data.on_invalid = "error": names file and row.
+        UserError: messages, and the base has no template; one that is none or exceeds its limits often; one that fails, or an id
+            out of the vocabulary, under data.on_invalid = "error": names file and row.
     """
-    template, told = tokenizer.chat_template, False
-    for document in documents:
-        if isinstance(document.content, str):
-            yield document
-            continue
-        if isinstance(document.content, PromptResponse) and template is None and not told:
-            logger.info("data %s: the base has no chat template: responses follow their prompts as they are", name)
-            told = True
-        try:
-            content = _rendered(document.content, template, tokenizer, found)
-        except UserError as error:
-            raise UserError(f"{document.source}: {error}") from None
-        except ValueError as error:
-            found.invalid(document.source, str(error), data, "invalid row")
-            continue
-        if content is not None:
-            yield document._replace(content=content)
+    with closing(_Rendering(tokenizer, data, found, name)) as rendering:
+        batch, size = [], 0
+        for document in documents:
+            request = rendering.request(document)
+            if request is None and not batch and not rendering.ahead:  # nothing is before it
+                yield from rendering.finished([(document, None)], [])
+                continue
+            batch.append((document, request))
+            size += sum(map(len, texts_of(document.content)))
+            if size > _BATCH_CHARACTERS or len(batch) == _BATCH_CHATS:
+                yield from rendering.next_batch(batch)
+                batch, size = [], 0
+        yield from rendering.next_batch(batch)
+        yield from rendering.next_batch([])
 
 
-def _rendered(content: Content, template: ChatTemplate | None, tokenizer: Tokenizer, found: Found) -> Content | Rendered | None:
-    """None: dropped, and counted."""
-    if isinstance(content, Ids):
-        return _checked(content, tokenizer.vocab_size)
-    if isinstance(content, PromptResponse) and template is not None:
-        return Rendered(template.prompt(content.prompt), (), content.response)
-    if not isinstance(content, Messages):
-        return content
-    if template is None:
-        raise UserError(
-            "messages need a chat template, and the base has none; allowed: chat_template.jinja in the base's folder, or "
-            "data.prompt_key and data.response_key"
-        )
-    text, spans, unplaced = template.conversation(content.messages)
-    if unplaced:
-        found.noted["assistant turns not supervised: the template rewrites them"] += unplaced
-    if not spans:
-        found.dropped["no assistant turn that can be placed"] += 1
+class _Rendering:
+    """The documents of a dataset on their way through the chat template.
+
+    Attributes:
+        ahead: the batch that the template is rendering, each document with its request, None where there is nothing to render.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, data: Data, found: Found, name: str):
+        self._tokenizer, self._data, self._found, self._name = tokenizer, data, found, name
+        self._process = None if tokenizer.chat_template is None else RenderingProcess(tokenizer.chat_template)
+        self._told = False
+        self.ahead: list[tuple[Document, Request | None]] = []
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def request(self, document: Document) -> Request | None:
+        """What the template has to do for a document."""
+        content = document.content
+        if self._process is not None and isinstance(content, Messages):
+            return "conversation", content.messages, content.tools
+        if self._process is not None and isinstance(content, PromptResponse):
+            return "prompt", content.prompt
+        if isinstance(content, Messages):
+            raise UserError(
+                f"{document.source}: messages need a chat template, and the base has none; allowed: chat_template.jinja in the base's "
+                "folder, or data.prompt_key and data.response_key"
+            )
+        if isinstance(content, PromptResponse) and not self._told:
+            logger.info("data %s: the base has no chat template: responses follow their prompts as they are", self._name)
+            self._told = True
         return None
-    return Rendered(text, spans)
+
+    def next_batch(self, batch: list[tuple[Document, Request | None]]) -> Iterator[Document]:
+        """Lets the template begin with a batch; the documents of the one before."""
+        finished, self.ahead = self.ahead, batch
+        replies = []
+        if self._process is not None:
+            replies = self._process.replies()
+            self._process.send([request for _, request in batch if request is not None])
+        yield from self.finished(finished, replies)
+
+    def finished(self, batch: list[tuple[Document, Request | None]], replies: list) -> Iterator[Document]:
+        """A batch with its contents rendered, without what is dropped.
+
+        Args:
+            replies: of the requests in it, in order.
+        """
+        reply_of = iter(replies)
+        for document, request in batch:
+            reply = None if request is None else next(reply_of)
+            try:
+                content = self._content(document.content, reply)
+            except ValueError as error:
+                reason = "chat template exceeds its limits" if isinstance(error, LimitExceeded) else "invalid row"
+                self._found.invalid(document.source, str(error), self._data, reason)
+                continue
+            if content is not None:
+                yield document._replace(content=content)
+
+    def _content(self, content: Content, reply: str | Conversation | ValueError | None) -> Content | Rendered | None:
+        """None: dropped, and counted."""
+        if isinstance(reply, ValueError):
+            raise reply
+        if isinstance(reply, str):
+            return Rendered(reply, (), content.response)
+        if reply is None:
+            return _checked(content, self._tokenizer.vocab_size) if isinstance(content, Ids) else content
+        if reply.unplaced:
+            self._found.noted["assistant turns not supervised: where they begin is not to be found"] += reply.unplaced
+        if reply.shortened:
+            self._found.noted["assistant turns without a part of theirs, which the template leaves out (as earlier thinking)"] += (
+                reply.shortened
+            )
+        if not reply.spans:
+            self._found.dropped["no assistant turn that can be placed"] += 1
+            return None
+        return Rendered(reply.text, reply.spans)
 
 
 def _checked(content: Ids, vocab_size: int) -> Ids:

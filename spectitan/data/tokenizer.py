@@ -3,16 +3,16 @@
 import base64
 import binascii
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from spectitan.data.chat_template import ChatTemplate, load_chat_template
+from spectitan.chats.template import ChatTemplate, load_chat_template
 from spectitan.data.neighbours import Neighbours
 from spectitan.errors import UserError
+from spectitan.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -96,7 +96,7 @@ class JsonTokenizer(Tokenizer):
         self._splits_words = len(self._pre_tokens("a b a b")) > 1  # or its tokens alone keep words apart, as sentencepiece's
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.specials = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        settings = _read_json(path.parent / "tokenizer_config.json")
+        settings = read_json(path.parent / "tokenizer_config.json")
         self.bos_id = self._first_id(settings)
         self.eos_id = self._end_id(settings, path.parent)
         self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
@@ -164,7 +164,7 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError:
             raise UserError(f"{path}: neither a sentencepiece model nor a tiktoken file") from None
         self.vocab_size = self._backend.vocab_size()
-        settings = _read_json(path.parent / "tokenizer_config.json")
+        settings = read_json(path.parent / "tokenizer_config.json")
         bos, eos = self._backend.bos_id(), self._backend.eos_id()
         self.bos_id = bos if bos >= 0 and settings.get("add_bos_token", True) else None
         self.eos_id = eos if eos >= 0 else None
@@ -299,7 +299,7 @@ def load_tokenizer(folder: str | Path, model_vocab_size: int | None = None) -> T
     """
     folder = Path(folder)
     tokenizer = _read_tokenizer(folder)
-    tokenizer.chat_template = load_chat_template(folder, _read_json(folder / "tokenizer_config.json"))
+    tokenizer.chat_template = load_chat_template(folder, read_json(folder / "tokenizer_config.json"), tokenizer.specials.values())
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model {model_vocab_size}"
         raise UserError(f"{folder}: the tokenizer has {sizes}; allowed: at most as many")
@@ -355,23 +355,11 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _end_id_of_configs(folder: Path) -> int | None:
     """eos_token_id of generation_config.json or config.json; the first, where there are several."""
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        value = read_json(folder / name).get("eos_token_id")
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def _fingerprint(path: Path, *ids: int | None) -> str:

@@ -1,75 +1,102 @@
-"""Chats: the ids and masks of transformers, what cannot be placed, and templates that fail or do not end."""
+"""Chat templates: where they are found, what they may use, and through `rendered` what becomes of chats, prompts and mistakes."""
 
 import json
-import time
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from spectitan.data import chat_template
-from spectitan.data.chat_template import ChatTemplate, EndlessTemplate
+from spectitan.chats.conversation import Renderer
 from spectitan.data.documents import Found, Messages, PromptResponse
 from spectitan.data.documents.reading import Document
 from spectitan.data.encoding import encode
 from spectitan.data.rendering import rendered
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.errors import UserError
-from tests.unit.chat_fixtures import CHATS, TEMPLATES, chat_folder, template
+from tests.unit.chat_fixtures import CHATS, TEMPLATES, THOUGHTS, TOOLS, chat_folder, template
 from tests.unit.data_fixtures import make_data
-
 
 ASSISTANT = {"role": "assistant", "content": "x"}
 
 
-def encode_all(contents, tokenizer, tmp_path):
-    """Encoded of each content that is not dropped, and what was found."""
+def contents_of(contents, tokenizer, tmp_path, **keys):
+    """Contents that are not dropped, rendered, and what was found."""
     found = Found()
     documents = (Document(content, f"a.jsonl:{number}", 0) for number, content in enumerate(contents, 1))
-    return [encode(d.content, tokenizer) for d in rendered(documents, tokenizer, make_data(tmp_path, on_invalid="skip"), found, "a")], found
+    data = make_data(tmp_path, **{"on_invalid": "skip"} | keys)
+    return [document.content for document in rendered(documents, tokenizer, data, found, "a")], found
 
 
-@pytest.mark.parametrize("tags", [True, False])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_and_masks_are_those_of_transformers(tmp_path, name, tags):
-    tokens = TEMPLATES[name][1]
-    ours = load_tokenizer(chat_folder(tmp_path / "ours", template(name, tags), tokens))
-    theirs = AutoTokenizer.from_pretrained(chat_folder(tmp_path / "theirs", template(name, True), tokens))
-    systems = [] if name == "brackets" else [[{"role": "system", "content": "0.5"}, *CHATS[1]]]
-    chats = CHATS + systems
-    results, found = encode_all(map(Messages, chats), ours, tmp_path)
-    assert not found.dropped and not found.noted and len(results) == len(chats)
-    for chat, (ids, mask) in zip(chats, results):
-        expected = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-        assert ids.tolist() == expected["input_ids"]
-        assert mask.astype(int).tolist() == expected["assistant_masks"] and 0 < mask.sum() < len(mask)
-        said = [message["content"].strip() for message in chat if message["role"] == "assistant"]
-        assert ours.decode(ids[mask].tolist()).replace(" ", "") == "".join(said).replace(" ", "")
+def encode_all(contents, tokenizer, tmp_path):
+    results, found = contents_of(contents, tokenizer, tmp_path)
+    return [encode(content, tokenizer) for content in results], found
+
+
+def prompt_of(tokenizer, text="x"):
+    return Renderer(tokenizer.chat_template).prompt(text)
 
 
 def test_what_templates_may_use_is_what_transformers_gives_them(tmp_path):
     source = (
         "{% set ns = namespace(n=0) %}{%- for m in messages -%}\n    {% if m.role == 'tool' %}{% continue %}{% endif %}\n"
         "    {{- m | tojson(indent=2) }}{{ m.content | tojson(ensure_ascii=True) }}{% set ns.n = ns.n + 1 %}\n{%- endfor %}\n"
-        "{{ ns.n }}{{ tools is none }}{{ documents is none }}{{ eos_token }}{{ nothing }}{{ messages[1:] | length }}\n"
+        "{{ ns.n }}{{ tools is none }}{{ documents is none }}{{ eos_token }}{{ nothing }}{{ messages[1:] | length }}{{ dict(a=1)['a'] }}\n"
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}\n"
         "{% if add_generation_prompt %}{{ '\\n' }}go{% endif %}\n"
     )
     folder = chat_folder(tmp_path, source, {"eos_token": "</s>"})
-    messages = [{"role": "user", "content": 'größe "<&>"'}, {"role": "tool", "content": "x"}, {"role": "user", "content": "[1]"}]
+    messages = [
+        {"role": "user", "content": 'größe "<&>"'}, {"role": "tool", "content": "x"}, {"role": "user", "content": "[1]", "thinking": "y"},
+    ]  # fmt: skip
     expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
-    assert load_tokenizer(folder).chat_template.conversation([*messages, ASSISTANT]).text != expected
-    assert load_tokenizer(folder).chat_template.conversation(messages).text == expected
+    renderer = Renderer(load_tokenizer(folder).chat_template)
+    assert renderer.conversation(messages).text == expected and "01" in expected and '"reasoning_content": "y"' in expected
+    assert renderer.conversation([*messages, ASSISTANT]).text != expected
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_found_as_transformers_finds_them(tmp_path):
+    folder = chat_folder(tmp_path, "config", {"eos_token": {"__type": "AddedToken", "content": "</s>"}})
+    assert prompt_of(load_tokenizer(folder)) == "config"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default {{ eos_token }}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    before = load_tokenizer(folder)
+    assert prompt_of(before) == "default </s>"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for tools in (None, TOOLS):
+        text = Renderer(before.chat_template).conversation([ASSISTANT], tools).text
+        assert text == theirs.apply_chat_template([ASSISTANT], tools=tools, tokenize=False) and (text == "tools") == (tools is not None)
+    (folder / "chat_template.jinja").write_text("file {{ messages[0]['content'] | tojson }} {{ strftime_now('%Y') }}")
+    after = load_tokenizer(folder)
+    assert prompt_of(after, 'größe "<') == 'file "größe \\"<" 2024'
+    assert after.fingerprint == before.fingerprint and after.chat_template.fingerprint != before.chat_template.fingerprint
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("more tools")
+    assert Renderer(load_tokenizer(folder).chat_template).conversation([ASSISTANT], TOOLS).text == "more tools"
+
+
+def test_a_template_of_a_processor_and_tokens_of_a_file_of_their_own(tmp_path):
+    folder = chat_folder(tmp_path, None, {})
+    assert load_tokenizer(folder).chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ bos_token }}processor"}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    assert prompt_of(load_tokenizer(folder)) == "<s>processor"
+    (folder / "chat_template.json").write_text("{")
+    with pytest.raises(UserError, match=r"chat_template.json: not valid JSON"):
+        load_tokenizer(folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template.jinja: byte 0xff is not UTF-8"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["ChatML", "header ids", "brackets"])
 def test_a_prompt_is_one_user_message_and_its_response_follows_with_one_end(tmp_path, name):
     folder = chat_folder(tmp_path / "base", template(name, False), TEMPLATES[name][1])
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    ((ids, mask),), _ = encode_all([PromptResponse("count größe", "x = 0.5\n")], ours, tmp_path)
+    pairs = [PromptResponse("count größe", "x = 0.5\n"), PromptResponse("count größe", "x = 0.5\n" + theirs.eos_token)]
+    ((ids, mask), (ended, _)), _ = encode_all(pairs, ours, tmp_path)
     text = theirs.apply_chat_template([{"role": "user", "content": "count größe"}], tokenize=False, add_generation_prompt=True)
     prompt, response = (theirs(part, add_special_tokens=False).input_ids for part in (text, "x = 0.5\n" + theirs.eos_token))
     assert ids.tolist() == prompt + response and mask.tolist() == [False] * len(prompt) + [True] * len(response)
-    ((ended, _),), _ = encode_all([PromptResponse("count größe", "x = 0.5\n" + theirs.eos_token)], ours, tmp_path)
     assert ended.tolist() == ids.tolist()
 
 
@@ -89,82 +116,41 @@ def test_without_a_template_the_response_follows_the_prompt_and_no_bos_is_double
         encode_all([Messages(CHATS[0])], tokenizer, tmp_path)
 
 
-def test_a_token_that_begins_in_the_prompt_is_not_supervised(tmp_path):
-    # The prompt ends in a space, which the tokenizer joins with the answer's first word.
-    source = "{% for m in messages %}{{ '|' + m.role + ': ' }}{% if m.role == 'assistant' or true %}{{ m.content }}{% endif %}{% endfor %}"
-    source += "{% if add_generation_prompt %}{{ '|assistant: ' }}{% endif %}"
+def test_a_bos_that_the_template_writes_is_not_doubled(tmp_path):
+    tokens = TEMPLATES["brackets"][1] | {"add_bos_token": True}
+    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", template("brackets", False), tokens))
+    results, _ = encode_all([Messages(CHATS[0]), PromptResponse("x", "count")], tokenizer, tmp_path)
+    for ids, _ in results:
+        assert ids[0] == tokenizer.bos_id and ids.tolist().count(tokenizer.bos_id) == 1
+
+
+def test_chats_prompts_and_texts_keep_their_order_and_what_is_left_out_is_counted(tmp_path):
+    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", template("thinking", False), TEMPLATES["thinking"][1]))
+    contents, expected = [], []
+    for number in range(600):  # more than one batch
+        kind = number * 2654435761 % 7
+        content = [{"role": "user", "content": f"{number}"}, {"role": "assistant", "content": "x"}]
+        if kind < 2:
+            contents.append(f"{number}")
+        elif kind < 4:
+            contents.append(PromptResponse(f"{number}", "x"))
+        else:
+            contents.append(Messages(THOUGHTS[0] if kind == 4 else content))
+        expected.append("naïve" if kind == 4 else f"{number}")
+    results, found = contents_of(contents, tokenizer, tmp_path)
+    assert len(results) == 600
+    for content, said in zip(results, expected):
+        assert content == said if isinstance(content, str) else f"user\n{said}<|im_end|>" in content.text
+    reason = "assistant turns without a part of theirs, which the template leaves out (as earlier thinking)"
+    assert found.noted == {reason: expected.count("naïve")} and not found.dropped
+
+
+def test_chats_of_which_no_turn_is_placed_are_dropped_and_counted(tmp_path):
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
     tokenizer = load_tokenizer(chat_folder(tmp_path / "base", source, {}))
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "count self"}]
-    ((ids, mask),), _ = encode_all([Messages(chat)], tokenizer, tmp_path)
-    text = "|user: x|assistant: count self"
-    starts = np.cumsum([0] + [len(tokenizer.decode([i])) for i in ids[:-1].tolist()])
-    assert tokenizer.decode(ids.tolist()) == text and len(text) - len("count self") not in starts, "a token spans the border"
-    assert mask.tolist() == (starts >= len(text) - len("count self")).tolist() and mask.any()
-
-
-# An older turn loses what is before </think>, as in models that think.
-THINKING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def test_of_a_template_that_rewrites_history_only_what_can_be_placed_is_supervised(tmp_path):
-    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", THINKING, {"eos_token": "<|im_end|>"}))
-    user = {"role": "user", "content": "x"}
-    thought, plain, last = (
-        {"role": "assistant", "content": content} for content in ("<think>self</think>count", "return", "<think>x</think>0.5")
-    )
-    (whole,), found = encode_all([Messages([user, thought, user, plain, user, last])], tokenizer, tmp_path)
-    assert tokenizer.decode(whole.ids[whole.mask].tolist()) == "return<think>x</think>0.5" and not found.dropped
-    assert found.noted == {"assistant turns not supervised: the template rewrites them": 1}
-    nothing, found = encode_all([Messages([user, thought, user])], tokenizer, tmp_path)
-    assert nothing == [] and found.dropped == {"no assistant turn that can be placed": 1}
-
-
-def test_a_generation_prompt_that_is_not_in_the_text_leaves_the_turn_unsupervised(tmp_path):
-    source = THINKING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", source, {"eos_token": "<|im_end|>"}))
-    chats = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": content}] for content in ("count", "<think>\nself")]
-    (placed,), found = encode_all(map(Messages, chats), tokenizer, tmp_path)
-    assert tokenizer.decode(placed.ids[placed.mask].tolist()) == "self", "what the generation prompt says is not supervised"
-    assert found.dropped == {"no assistant turn that can be placed": 1}
-
-
-def test_templates_are_found_as_transformers_finds_them(tmp_path):
-    folder = chat_folder(tmp_path, "config", {"eos_token": {"content": "</s>"}})
-    assert load_tokenizer(folder).chat_template.prompt("x") == "config"
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": "default {{ eos_token }}"}]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    before = load_tokenizer(folder)
-    assert before.chat_template.prompt("x") == "default </s>"
-    (folder / "chat_template.jinja").write_text("file {{ messages[0]['content'] | tojson }} {{ strftime_now('%Y') }}")
-    after = load_tokenizer(folder)
-    assert after.chat_template.prompt('größe "<') == 'file "größe \\"<" 2024'
-    assert after.fingerprint == before.fingerprint and after.chat_template.fingerprint != before.chat_template.fingerprint
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[7]['role'] }}", "has no element 7"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ],
-)
-def test_a_template_that_fails_is_one_line_with_file_and_row(tmp_path, source, message):
-    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", source, {}))
-    documents = [Document(Messages(CHATS[0]), "a.jsonl:7", 0)]
-    with pytest.raises(UserError, match=rf"^a\.jsonl:7: chat template .*tokenizer_config\.json: .*({message})") as error:
-        list(rendered(documents, tokenizer, make_data(tmp_path), Found(), "a"))
-    assert "\n" not in str(error.value)
-    _, found = encode_all([Messages(CHATS[0])], tokenizer, tmp_path)
-    assert found.dropped == {"invalid row": 1} and found.skipped_names == ["a.jsonl:1"]
+    results, found = contents_of([Messages(CHATS[1]), "text"], tokenizer, tmp_path)
+    assert results == ["text"] and found.dropped == {"no assistant turn that can be placed": 1}
+    assert found.noted == {"assistant turns not supervised: where they begin is not to be found": 2}
 
 
 def test_a_template_that_is_none_names_file_and_line(tmp_path):
@@ -173,13 +159,11 @@ def test_a_template_that_is_none_names_file_and_line(tmp_path):
         encode_all([Messages(CHATS[0])], tokenizer, tmp_path)
 
 
-def test_a_template_that_does_not_end_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "LIMIT_SECONDS", 0.2)
-    loop = "{% for i in range(99999) %}"
-    endless = loop * 3 + "{% endfor %}" * 3
-    begin = time.monotonic()
-    for call in (lambda template: template.prompt("x"), lambda template: template.conversation(CHATS[0])):
-        with pytest.raises(EndlessTemplate, match=r"chat template here: it has not ended within 0.2 s"):
-            call(ChatTemplate(endless, {}, "here"))
-    assert time.monotonic() - begin < 5
-    time.sleep(0.3)  # no timer is left
+def test_a_row_that_the_template_refuses_is_one_line_with_file_and_row(tmp_path):
+    source = "{% if messages | length > 2 %}{{ raise_exception('one turn\nonly') }}{% endif %}" + template("ChatML", False)
+    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", source, {}))
+    contents = [Messages(CHATS[0]), Messages(CHATS[1]), Messages(CHATS[0])]
+    with pytest.raises(UserError, match=r"^a\.jsonl:2: chat template .*tokenizer_config\.json: one turn only; mend the file, or set data"):
+        contents_of(contents, tokenizer, tmp_path, on_invalid="error")
+    results, found = contents_of(contents, tokenizer, tmp_path)
+    assert len(results) == 2 and found.dropped == {"invalid row": 1} and found.skipped_names == ["a.jsonl:2"]

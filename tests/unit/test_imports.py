@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "config": set(),
     "models": set(),
     "objectives": set(),
-    "data": set(),
+    "data": {"chats"},
+    "chats": set(),
     "distributed": set(),
     "speculators": {"models", "objectives"},
     "decoding": {"models", "speculators"},
@@ -64,7 +65,7 @@ def forbidden(module: str, source: str) -> set[str]:
     parts &= OURS  # `from spectitan import __version__` names no part
     part = part_of(module)
     if part in LEAVES:
-        return parts - ({"errors"} if part in ("signals", "hub") else set())
+        return parts - ({"errors"} if part in ("signals", "hub", "files") else set())
     if part in PROGRAMS or not part:  # the programs, and the package's own __init__
         return parts & PROGRAMS - {part}
     return parts - LEAVES - MAY_IMPORT[part] - {part}

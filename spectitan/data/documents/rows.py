@@ -19,6 +19,7 @@ class PromptResponse(NamedTuple):
 
 class Messages(NamedTuple):
     messages: list[dict]  # {"role": ..., "content": ..., ...}; what the assistant says is supervised
+    tools: list | None = None  # what the assistant may call, as JSON schemas
 
 
 class Ids(NamedTuple):
