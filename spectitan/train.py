@@ -132,7 +132,7 @@ class Trainer:
             config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
         )
         self.reporter = Reporter(
-            self.metrics, self.objective.rows, self.objective.metrics, self.loader.datasets,
+            self.metrics, self.objective.rows, self.objective.metrics, self.loader.datasets, self.loader.reasons,
             self._work, master_dtype(self.compute_dtype), self.device, self.step,
         )  # fmt: skip
         if "report" in saved:
@@ -244,14 +244,15 @@ class Trainer:
         counts = sum(target.counts for target in targets)
         sample_hash = sum(hash_keys(0, sample.index, sample.sample_ids).sum() for sample in samples)
         datasets = torch.cat([(batch.sample_ids >> SAMPLE_BITS).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
-        tokens = torch.bincount(datasets, minlength=len(self.loader.datasets))
-        flags = torch.tensor([stop.requested is not None, stop.save_requested, sample_hash])
+        by_dataset = torch.bincount(datasets, minlength=len(self.loader.datasets))
+        tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
+        flags = torch.tensor([stop.requested is not None, stop.save_requested, sample_hash, tokens])
         stop.save_requested = False
-        summed = utils.sum_over_ranks(torch.cat([flags, counts, tokens]))
+        summed = utils.sum_over_ranks(torch.cat([flags, counts, by_dataset]))
         stopping, saving = bool(summed[0]), bool(summed[1])
-        counts, tokens = summed[3 : 3 + len(counts)], summed[3 + len(counts) :]
+        counts, by_dataset = summed[4 : 4 + len(counts)], summed[4 + len(counts) :]
         if not stopping:
-            self.reporter.sums.add_samples(counts, tokens, int(summed[2]))
+            self.reporter.sums.add_samples(counts, by_dataset, tokens=int(summed[3]), sample_hash=int(summed[2]))
         return counts, stopping, saving
 
     def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
@@ -273,17 +274,15 @@ class Trainer:
 
     # ---- checkpoints and evaluation ----
 
-    def _work(self, first_step: int, last_step: int, targets_per_step: list[int]) -> tuple[int, int]:
-        """Tokens trained on in the steps first_step .. last_step - 1, and useful floating-point operations; a trained base counts
-        three times, for its backward."""
-        start, seq_length = self.config.stage2.start_step, self.config.data.seq_length
+    def _work(self, first_step: int, last_step: int, targets_per_step: list[int], tokens: int) -> int:
+        """Useful floating-point operations of the steps first_step .. last_step - 1 on so many tokens, padding left out; a trained
+        base counts three times, for its backward."""
+        start, continued_tokens, flops = self.config.stage2.start_step, 0, 0
         continued = last_step - min(max(start, first_step), last_step) if start >= 0 else 0
-        tokens = (last_step - first_step - continued) * self.global_batch_size * seq_length
-        flops = (1 if self.config.base.freeze else 3) * self.base.flops(tokens, seq_length)
         if continued:
-            new_tokens, sampling = self.source.work(continued * self.global_batch_size)
-            tokens, flops = tokens + new_tokens, flops + sampling
-        return tokens, flops + self.objective.flops(targets_per_step, tokens)
+            continued_tokens, flops = self.source.work(continued * self.global_batch_size)
+        of_text = self.base.flops(tokens - continued_tokens, self.config.data.seq_length)
+        return flops + (1 if self.config.base.freeze else 3) * of_text + self.objective.flops(targets_per_step, tokens)
 
     def _save(self) -> None:
         self.reporter.refuse_bad()

@@ -5,7 +5,8 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -79,6 +80,7 @@ class Loader:
         counts: for each dataset {"documents", "tokens", "supervised" (tokens that may be targets), "longest" (document, in tokens),
             "bytes", "samples", "fill" (share of the samples' tokens that are no padding), "held_out", "kinds": {what rows are: rows},
             "dropped": {reason: documents}, "noted": {what: how often}, "packed": {what: how often}, "skipped": names}.
+        reasons: of all datasets together, what was dropped, noted, split or truncated -> how often.
         shares: share of each dataset in the tokens of the samples, padding left out.
         fingerprints: of each dataset's tokenised text: another if the files, the tokenizer or the choice of documents are; "" for none.
     """
@@ -95,6 +97,7 @@ class Loader:
         self.samples_per_epoch = sum(sizes)
         self.datasets = [dataset.name for dataset in datasets]
         self.counts = {dataset.name: _counts(dataset, of_dataset) for dataset, of_dataset in zip(datasets, samples)}
+        self.reasons = _reasons(self.counts.values())
         self.fingerprints = {dataset.name: dataset.shards.folder.name if dataset.shards else "" for dataset in datasets}
         self.shares = {name: weight / sum(weights) for name, weight in zip(self.datasets, weights)}
         self._global_batch_size = global_batch_size
@@ -165,6 +168,15 @@ def _counts(dataset: TokenisedDataset, samples: PackedDataset | None) -> dict:
     meta = {"supervised": dataset.shards.num_tokens} | dataset.shards.meta
     counts = {name: meta.get(name, nothing) for name, nothing in counts.items()}
     return counts | {"samples": len(samples), "fill": float(samples.fill), "packed": samples.counts}
+
+
+def _reasons(counts: Iterable[dict]) -> dict[str, int]:
+    total = Counter()
+    for of_dataset in counts:
+        total.update({f"dropped: {reason}": count for reason, count in of_dataset["dropped"].items()})
+        total.update(of_dataset["noted"])
+        total.update(of_dataset["packed"])
+    return dict(sorted(total.items()))
 
 
 def _as_it_is(batch: TokenBatch) -> TokenBatch:

@@ -73,6 +73,7 @@ class MetricsLogger:
         supervised_tokens: int,
         tokens_by_dataset: dict[str, int],
         sample_hash: str,
+        data_counts: dict[str, int],
         tokens_per_second: float,
         waiting: float,
         flops_per_second: float,
@@ -89,7 +90,8 @@ class MetricsLogger:
             supervised_tokens: targets of the first head.
             tokens_by_dataset: tokens that the loss mask lets be targets.
             sample_hash: of the samples trained on, in hexadecimal.
-            tokens_per_second: over all ranks.
+            data_counts: documents dropped, split or truncated before training, by reason; the same in every report of a run.
+            tokens_per_second: over all ranks, padding left out.
             waiting: share of the time spent waiting for data, 0 to 1.
             flops_per_second: useful ones, over all ranks.
             per_head: means over supervised targets, one number a head: loss and accuracy at least.
@@ -99,6 +101,7 @@ class MetricsLogger:
         scalars |= {"supervised_tokens": supervised_tokens}
         scalars |= {"tokens_per_second": tokens_per_second, "waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
         record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
+        record["data_counts"] = data_counts
         utils.on_main(lambda: _append(self.file, record))
         if self.file is None:
             return

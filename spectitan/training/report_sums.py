@@ -19,6 +19,7 @@ class ReportSums:
     Attributes:
         counts: int64 [rows], targets over all ranks, on the CPU.
         tokens_by_dataset: int64 [num_datasets], tokens that the loss mask lets be targets, over all ranks, on the CPU.
+        tokens: int, over all ranks, padding left out.
         sample_hash: int, modulo 2**64, of the samples.
         unsupervised_steps: optimizer steps without a single target on any rank.
     """
@@ -32,18 +33,19 @@ class ReportSums:
         first_step: int,
         skipped_in_a_row: Tensor | None = None,
     ):
-        self.first_step, self.sample_hash, self.unsupervised_steps = first_step, 0, 0
+        self.first_step, self.tokens, self.sample_hash, self.unsupervised_steps = first_step, 0, 0, 0
         self.counts, self.tokens_by_dataset = torch.zeros(shape[0], dtype=torch.int64), torch.zeros(num_datasets, dtype=torch.int64)
         self._sums = torch.zeros(shape, dtype=dtype, device=device)
         self._first_bad_step = torch.full(shape[:1], -1, device=device)
         self._skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device) if skipped_in_a_row is None else skipped_in_a_row
 
-    def add_samples(self, counts: Tensor, tokens_by_dataset: Tensor, sample_hash: int) -> None:
+    def add_samples(self, counts: Tensor, tokens_by_dataset: Tensor, tokens: int, sample_hash: int) -> None:
         """The targets, tokens and samples of one optimizer step, over all ranks."""
         self.counts += counts
         self.unsupervised_steps += not counts.any()
         self.tokens_by_dataset += tokens_by_dataset
+        self.tokens += tokens
         self.sample_hash = (self.sample_hash + sample_hash) % 2**64
 
     def add_losses(self, sums: Tensor, step: int) -> None:
@@ -77,6 +79,7 @@ class ReportSums:
             "sums": self.total().tolist(),
             "counts": self.counts.tolist(),
             "tokens_by_dataset": self.tokens_by_dataset.tolist(),
+            "tokens": self.tokens,
             "sample_hash": self.sample_hash,
             "unsupervised_steps": self.unsupervised_steps,
             "skipped": self.skipped(),
@@ -84,10 +87,12 @@ class ReportSums:
         }
 
     def load(self, state: dict) -> None:
-        """A counter that the checkpoint does not know is new since the version that wrote it, and begins at 0."""
+        """A counter that the checkpoint does not know is new since the version that wrote it, and begins at 0; tokens were all that may be
+        targets."""
         self.first_step, self.sample_hash = state["first_step"], state["sample_hash"]
         self.unsupervised_steps = state.get("unsupervised_steps", 0)
         self.counts, self.tokens_by_dataset = torch.tensor(state["counts"]), torch.tensor(state["tokens_by_dataset"])
+        self.tokens = state.get("tokens", sum(state["tokens_by_dataset"]))
         self._skipped.fill_(state.get("skipped", 0))
         self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         if utils.rank() == 0:  # the other ranks' shares are in it

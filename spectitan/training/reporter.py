@@ -23,7 +23,8 @@ class Reporter:
         rows: what the rows of Loss.sums are of: "base" or "head 0", ...; or both, the base first.
         columns: what their columns are: loss, accuracy, ...
         datasets: names.
-        work: (first step, the step after the last, targets of each row) -> tokens and useful floating-point operations of these
+        data_counts: what happened to documents before training -> how often.
+        work: (first step, the step after the last, targets of each row, tokens) -> useful floating-point operations of these
             optimizer steps, over all ranks.
         dtype, device: of the losses.
         step: optimizer steps done.
@@ -38,13 +39,14 @@ class Reporter:
         rows: Sequence[str],
         columns: Sequence[str],
         datasets: Sequence[str],
-        work: Callable[[int, int, list[int]], tuple[int, int]],
+        data_counts: dict[str, int],
+        work: Callable[[int, int, list[int], int], int],
         dtype: torch.dtype,
         device: torch.device,
         step: int,
     ):
         self.metrics, self.rows, self.columns, self.datasets = metrics, rows, columns, datasets
-        self.work, self.dtype, self.device = work, dtype, device
+        self.data_counts, self.work, self.dtype, self.device = data_counts, work, dtype, device
         self._begin(step)
 
     def _begin(self, step: int, skipped_in_a_row: Tensor | None = None) -> None:
@@ -61,7 +63,7 @@ class Reporter:
         self.refuse_bad()
         sums, counts = self.sums.total(), self.sums.counts
         seconds, steps = time.perf_counter() - self.timed_from, step - self.sums.first_step
-        tokens, flops = self.work(self.sums.first_step, step, self.sums.counts.tolist())
+        flops = self.work(self.sums.first_step, step, self.sums.counts.tolist(), self.sums.tokens)
         here = (step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
         means = dict(zip(self.columns[:4], (sums[:, :4] / counts.clamp_min(1)[:, None]).T.tolist()))
         part, base = next(iter(grad_norms)), {}
@@ -81,7 +83,8 @@ class Reporter:
             supervised_tokens=int(counts[0]),
             tokens_by_dataset=dict(zip(self.datasets, self.sums.tokens_by_dataset.tolist())),
             sample_hash=f"{self.sums.sample_hash:016x}",
-            tokens_per_second=tokens * here,
+            data_counts=self.data_counts,
+            tokens_per_second=self.sums.tokens * here,
             waiting=self.seconds_waiting / seconds,
             flops_per_second=flops * here,
         )

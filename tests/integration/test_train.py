@@ -16,7 +16,7 @@ from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.models.registry import get_model
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint import read_state, read_tensors
 from spectitan.training.schedule import learning_rate_multiplier
 from tests.integration import tiny
 
@@ -194,7 +194,9 @@ def lines(world, folder: Path) -> Path:
     return folder / "lines.jsonl"
 
 
-@pytest.mark.parametrize(("packing", "kind"), [("best_fit", {}), ("document", LSTM), ("document", tiny.BASE_ALONE)], ids=["mlp", "lstm", "base"])
+@pytest.mark.parametrize(
+    ("packing", "kind"), [("best_fit", {}), ("document", LSTM), ("document", tiny.BASE_ALONE)], ids=["mlp", "lstm", "base"]
+)
 def test_rows_with_padding_train_like_their_documents_alone(world, tmp_path, packing, kind):
     changes = kind | NO_END | {"training__compute_dtype": "float64", "metrics__report_interval": 1, "training__num_steps": 3}
     changes |= {"data__path": lines(world, tmp_path), "data__packing": packing, "data__seq_length": 37}
@@ -211,6 +213,31 @@ def test_rows_with_padding_train_like_their_documents_alone(world, tmp_path, pac
     padding = (batch.document_ids < 0).sum(1)
     assert bool((padding > 0).any()) and (packing == "document") == (len(list(documents_of(batch))) == 4)
     assert sum(tiny.reports(tmp_path / "run")[0]["tokens_by_dataset"].values()) == 4 * 37 - int(padding.sum())
+    again = world.flags(
+        tmp_path / "again", **changes | {"metrics__report_interval": 2, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 0}
+    )
+    assert train.main(again) == 0
+    assert read_state(tiny.checkpoint(tmp_path / "again", 1))["report"]["tokens"] == 4 * 37 - int(padding.sum())
+
+
+def test_what_happened_to_documents_is_counted_in_every_report(world, tmp_path, caplog):
+    caplog.set_level("INFO", logger="spectitan")
+    path = lines(world, tmp_path)
+    tokenizer = load_tokenizer(world.root / "base")
+    lengths = [len(tokenizer.document(tokenizer.encode(json.loads(line)["text"]))) for line in path.read_text().splitlines()]
+    with path.open("a") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in ("", "", "x")))
+    changes = NO_END | {"data__path": path, "data__holdout": 0, "data__seq_length": 9, "metrics__report_interval": 1}
+    changes |= {"data__packing": "best_fit", "data__overlong": "truncate"}
+    for num_steps in (2, 4):  # the second goes on
+        assert train.main(world.flags(tmp_path / "run", **changes, training__num_steps=num_steps)) == 0
+    too_long = [length - 9 for length in lengths if length > 9]
+    expected = {"documents truncated": len(too_long), "tokens cut off them": sum(too_long), "dropped: empty": 2, "dropped: one token": 1}
+    reports = tiny.reports(tmp_path / "run")
+    assert [report["step"] for report in reports] == [1, 2, 3, 4]
+    assert all(report["data_counts"] == expected for report in reports)
+    for text in (f"{len(too_long)} documents truncated, {sum(too_long)} tokens cut off them", "2 dropped: empty, 1 dropped: one token"):
+        assert text in caplog.text
 
 
 # ---- precision, objectives, lengths ----

@@ -20,6 +20,7 @@ def report(step: int, loss: float = 2.0) -> dict:
         supervised_tokens=100,
         tokens_by_dataset={"a": 60, "b": 40},
         sample_hash="00ff",
+        data_counts={"documents split": 3, "dropped: empty": 1},
         tokens_per_second=1234.5,
         waiting=0.01,
         flops_per_second=1e11,
@@ -41,6 +42,7 @@ def test_every_step_appears_once_after_a_resume(tmp_path):
     assert [record["step"] for record in records] == [10, 20, 30, 40]
     assert [record["loss"][0] for record in records] == [1.0, 1.0, 2.0, 2.0]
     assert records[0]["tokens_by_dataset"] == {"a": 60, "b": 40} and records[0]["sample_hash"] == "00ff"
+    assert all(record["data_counts"] == {"documents split": 3, "dropped: empty": 1} for record in records)
 
 
 def test_evaluations_are_kept_and_appear_once_after_a_resume(tmp_path):
