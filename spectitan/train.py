@@ -32,7 +32,8 @@ from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
 from spectitan.finishing import check_export, finish_run, folders_to_write, paths_to_read
 from spectitan.keyed_random import hash_keys
-from spectitan.models.llama import LlamaConfig
+from spectitan.models.decoder import DecoderConfig
+from spectitan.models.families import arch_of
 from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
@@ -144,12 +145,13 @@ class Trainer:
         own = self.checkpointer.newest_valid() if config.resume == "auto" else None
         return own if own or not config.load_path else find_checkpoint(config.load_path)
 
-    def _identity(self, base_config: LlamaConfig, base_weights: str) -> dict[str, object]:
+    def _identity(self, base_config: DecoderConfig, base_weights: str) -> dict[str, object]:
         identity = run_identity(self.config, base_config.identity(), base_weights, self.tokenizer.fingerprint)
+        identity["base.arch"] = arch_of(base_config)
         prompts = self.global_batch_size * self.prompts_per_sample
         return identity | {"training.global_batch_size": self.global_batch_size, "stage2.batch_size": prompts}
 
-    def _make_speculator(self, base_config: LlamaConfig, base_weights: str) -> Speculator:
+    def _make_speculator(self, base_config: DecoderConfig, base_weights: str) -> Speculator:
         """A new one, or with speculator.path the one there, whose keys it takes. A run that goes on has its keys in its checkpoint."""
         config, self.fine_tunes = self.config, False
         if config.speculator.path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectitan.config.manager import Config
 from spectitan.config.sections import Base, Objective
 from spectitan.errors import UserError
-from spectitan.models.llama import LlamaConfig
+from spectitan.models.decoder import DecoderConfig
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
@@ -95,7 +95,7 @@ def check_base(config: Config, trained: Trained, found: str) -> None:
         )
 
 
-def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, LlamaConfig]:
+def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, DecoderConfig]:
     """The base's keys, folder and shape: as configured, or where `base.path` is empty, as in the run that wrote the checkpoint."""
     base = config.base
     if not base.path and trained and trained.keys:
@@ -126,7 +126,7 @@ def load_base(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Path]:
     return model.requires_grad_(False).eval(), path
 
 
-def _check_base_config(trained: Trained, base_config: LlamaConfig, path: Path) -> None:
+def _check_base_config(trained: Trained, base_config: DecoderConfig, path: Path) -> None:
     """A base from a checkpoint computes as in the run that trained it: what base.path says beyond shapes must be the same."""
     for name, found in base_config.identity().items():
         saved = trained.keys.get(f"base.config.{name}", found)  # a checkpoint may be older than a key
@@ -155,7 +155,7 @@ def load_speculator_for(config: Config, base: nn.Module) -> Speculator | None:
     return speculator.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
-def read_speculator(trained: Trained, base_config: LlamaConfig, objective: Objective | None = None) -> Speculator | None:
+def read_speculator(trained: Trained, base_config: DecoderConfig, objective: Objective | None = None) -> Speculator | None:
     """The speculator of a folder or checkpoint, in float32 on the CPU; None if the run trained a base alone.
 
     Args:

@@ -29,7 +29,9 @@ class Job:
 
 @dataclass
 class Base:
-    arch: str = key("embedllama", "architecture of the base model", choices=("embedllama",))
+    arch: str = key(
+        "auto", "architecture of the base model; auto: by config.json's model_type", choices=("auto", "embedllama", "embedmixtral")
+    )
     variant: str = key("auto", "a registered variant (7b, 8b, 70b, ...); auto reads config.json in base.path")
     path: str = key(
         "",

@@ -20,7 +20,7 @@ from spectitan.decoding.sampling import Sampling
 from spectitan.decoding.speculative import generate_speculative
 from spectitan.decoding.tree import generate_tree
 from spectitan.errors import UserError
-from spectitan.models.llama import LlamaConfig
+from spectitan.models.decoder import DecoderConfig
 from spectitan.speculators.base import Speculator
 
 Prompts = Sequence[Sequence[int]]
@@ -92,7 +92,7 @@ def measure_acceptance(
     return summarize_acceptance(accepted, draft_length(speculator, config))
 
 
-def select_prompts(prompts: Prompts, config: Eval, base_config: LlamaConfig) -> Prompts:
+def select_prompts(prompts: Prompts, config: Eval, base_config: DecoderConfig) -> Prompts:
     """The first eval.num_prompts of them, all checked before any is decoded."""
     prompts = prompts[: config.num_prompts if config.num_prompts >= 0 else None]
     if not prompts:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from spectitan.errors import UserError
-from spectitan.models.llama import LlamaConfig
+from spectitan.models.decoder import DecoderConfig
 
 OnTokens = Callable[[int, list[int]], None]
 EosId = int | tuple[int, ...] | None
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], config: DecoderConfig) -> None:
     """Raises UserError for a prompt that is empty, leaves no room for a token, or has a token unknown to the base."""
     context = config.max_position_embeddings
     for number, prompt in enumerate(prompts):
@@ -27,7 +27,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None
             raise UserError(f"prompt {number} has token {found}: the base has tokens 0 to {config.vocab_size - 1}")
 
 
-def eos_ids(config: LlamaConfig, tokenizer_eos: int | None) -> tuple[int, ...]:
+def eos_ids(config: DecoderConfig, tokenizer_eos: int | None) -> tuple[int, ...]:
     """All tokens that end a text: those of the base's config.json and the tokenizer's own."""
     of_config = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
     return tuple(sorted({token for token in (*of_config, tokenizer_eos) if token is not None}))
@@ -62,7 +62,7 @@ class Generation:
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig, eos_id: EosId, on_tokens: OnTokens | None
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, config: DecoderConfig, eos_id: EosId, on_tokens: OnTokens | None
     ):
         check_prompts(prompts, config)
         self.limits = [min(max_new_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]

@@ -73,7 +73,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention, with rotary positions or none.
 
     Args:
         hidden_size, num_heads, num_kv_heads, head_dim: shape.
@@ -103,18 +103,20 @@ class Attention(nn.Module):
         self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
         self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
 
-    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, seq, input] -> queries [batch, heads, seq, head_dim], keys and values [batch, kv_heads, seq, head_dim]."""
         batch, seq, _ = x.shape
         queries = self.q_norm(self.q_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
         keys = self.k_norm(self.k_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
         values = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        return rotation.apply(queries), rotation.apply(keys), values
+        if rotation is not None:
+            queries, keys = rotation.apply(queries), rotation.apply(keys)
+        return queries, keys, values
 
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation,
+        rotation: Rotation | None,
         mask: Tensor | None,
         cache: KVCache | None = None,
         layer: int = 0,
@@ -156,20 +158,21 @@ class DecoderLayer(nn.Module):
 
     Args:
         attention, mlp: its two halves.
-        hidden_size, norm_eps: of its RMS norms.
+        hidden_size, norm_eps: of its norms.
+        norm: their class, nn.RMSNorm or nn.LayerNorm.
     """
 
-    def __init__(self, attention: Attention, mlp: GatedMLP, hidden_size: int, norm_eps: float):
+    def __init__(self, attention: Attention, mlp: nn.Module, hidden_size: int, norm_eps: float, norm: type[nn.Module] = nn.RMSNorm):
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.input_layernorm = norm(hidden_size, eps=norm_eps)
+        self.post_attention_layernorm = norm(hidden_size, eps=norm_eps)
 
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation,
+        rotation: Rotation | None,
         mask: Tensor | None,
         cache: KVCache | None = None,
         layer: int = 0,
@@ -178,7 +181,7 @@ class DecoderLayer(nn.Module):
         """[batch, seq, hidden] -> [batch, seq, hidden].
 
         Args:
-            rotation: of the tokens' positions.
+            rotation: of the tokens' positions; None where they are not rotated.
             mask: [batch or 1, 1, seq, keys], what `attention_bias` returns, added to the scores; None: causal over the
                 tokens given, or a single token that sees every key.
             cache, layer, slots: where keys and values are stored; slots = cache.next_slots(seq).

@@ -19,15 +19,16 @@ class Readout(nn.Module):
 
     Args:
         vocab_size, hidden_size: shape.
-        norm_eps: epsilon of the final RMS norm.
+        norm_eps: epsilon of the final norm.
         tied: head and embedding are one parameter.
+        norm: class of the final norm, nn.RMSNorm or nn.LayerNorm.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float, tied: bool):
+    def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float, tied: bool, norm: type[nn.Module] = nn.RMSNorm):
         super().__init__()
         self.tied = tied
         self.embedding = nn.Embedding(vocab_size, hidden_size)
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = norm(hidden_size, eps=norm_eps)
         self.head = Linear(hidden_size, vocab_size, bias=False)
         if tied:
             self.head.weight = self.embedding.weight

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from spectitan.errors import UserError
+from spectitan.models.decoder import DecoderConfig
+from spectitan.models.families import ARCHITECTURES, arch_of, build_on_meta
 from spectitan.models.hf_config import read_config
 from spectitan.models.layers import RopeScaling
-from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.models.llama import LlamaConfig
+from spectitan.models.mixtral import MixtralConfig
 from spectitan.models.weights import load_hf, resolve_base_path
 
 _ROPE_3_1 = RopeScaling("llama3", factor=8.0)
@@ -35,8 +38,9 @@ _QWEN = {"vocab_size": 151936, "rope_theta": 1e6, "norm_eps": 1e-6, "bos_token_i
 _QWEN_2 = dict(**_QWEN, model_type="qwen2", qkv_bias=True, max_position_embeddings=32768, eos_token_id=151643)
 _QWEN_3 = dict(**_QWEN, model_type="qwen3", qk_norm=True, head_dim=128, max_position_embeddings=40960, eos_token_id=151645)
 
-_ARCHITECTURES: dict[str, type[nn.Module]] = {"embedllama": EmbedLLaMA}
-_VARIANTS: dict[str, dict[str, LlamaConfig]] = {
+_MIXTRAL = {"vocab_size": 32000, "num_kv_heads": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+_VARIANTS: dict[str, dict[str, DecoderConfig]] = {
     "embedllama": {
         "7b": LlamaConfig(**_LLAMA_2, **_7B),
         "13b": LlamaConfig(**_LLAMA_2, **_13B),
@@ -66,13 +70,21 @@ _VARIANTS: dict[str, dict[str, LlamaConfig]] = {
             **_QWEN_3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, num_kv_heads=8, tie_embeddings=True
         ),
         "qwen3-8b": LlamaConfig(**_QWEN_3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, num_kv_heads=8),
-    }
+    },
+    "embedmixtral": {
+        "8x7b": MixtralConfig(
+            **_MIXTRAL, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, max_position_embeddings=32768
+        ),
+        "8x22b": MixtralConfig(
+            **_MIXTRAL, hidden_size=6144, intermediate_size=16384, num_layers=56, num_heads=48, max_position_embeddings=65536
+        ),
+    },
 }
 
 
-def register_model(arch: str, variant: str, config: LlamaConfig) -> None:
+def register_model(arch: str, variant: str, config: DecoderConfig) -> None:
     """Adds a named size. Registering a name anew replaces it."""
-    _check_choice("base.arch", arch, _ARCHITECTURES)
+    _check_choice("base.arch", arch, ARCHITECTURES)
     _VARIANTS[arch][variant] = config
 
 
@@ -88,7 +100,7 @@ def get_model(
     """A base model with its weights.
 
     Args:
-        arch: "embedllama".
+        arch: embedllama, embedmixtral, or auto: as config.json in `path`, or the variant, says.
         variant: a registered size, or "auto": config.json in `path` says it.
         path: folder in Hugging Face layout, or spectitan:NAME.
         init: "pretrained" reads the weights in `path`; "random" draws them.
@@ -103,9 +115,7 @@ def get_model(
     config = choose_config(arch, variant, path)
     if init == "pretrained" and not path:
         raise UserError('base.path is empty: base.init = "pretrained" needs a folder with weights; base.init = "random" does not')
-    with torch.device("meta"):
-        model = _ARCHITECTURES[arch](config)
-    model = model.to(dtype)
+    model = build_on_meta(config).to(dtype)
     if torch.device(device).type == "meta":
         return model
     fill_model(model.to_empty(device=device), path, init, seed)
@@ -120,22 +130,34 @@ def fill_model(model: nn.Module, path: str | Path = "", init: str = "pretrained"
         model.init_weights(torch.Generator().manual_seed(seed))
 
 
-def choose_config(arch: str, variant: str, path: str | Path) -> LlamaConfig:
+def choose_config(arch: str, variant: str, path: str | Path) -> DecoderConfig:
     """The config that `get_model` builds, without building it. Raises as that does."""
-    _check_choice("base.arch", arch, _ARCHITECTURES)
+    _check_choice("base.arch", arch, ("auto", *ARCHITECTURES))
     if variant == "auto" and not path:
         raise UserError('base.path is empty: base.variant = "auto" reads config.json there; a registered variant needs none')
     if variant == "auto":
-        return read_config(resolve_base_path(path))
-    _check_choice("base.variant", variant, ("auto", *_VARIANTS[arch]))
-    config = _VARIANTS[arch][variant]
+        return _read_config(arch, path)
+    config = _registered(arch, variant)
     if path and (resolve_base_path(path) / "config.json").is_file():
-        stored = read_config(resolve_base_path(path)).identity()
+        stored = _read_config(arch_of(config), path).identity()
         for name, value in config.identity().items():
             if stored[name] != value:
                 here, there = f"base.variant = {variant!r} has {name} = {value}", f"config.json in {path} says {stored[name]}"
                 raise UserError(f'{here}, {there}; allowed there: "auto"')
     return config
+
+
+def _read_config(arch: str, path: str | Path) -> DecoderConfig:
+    config = read_config(resolve_base_path(path))
+    if arch not in ("auto", arch_of(config)):
+        raise UserError(f"base.arch = {arch!r}: config.json in {path} is of {arch_of(config)}; allowed there: that, or auto")
+    return config
+
+
+def _registered(arch: str, variant: str) -> DecoderConfig:
+    variants = {name: config for each in _VARIANTS if arch in ("auto", each) for name, config in _VARIANTS[each].items()}
+    _check_choice("base.variant", variant, ("auto", *variants))
+    return variants[variant]
 
 
 def _check_choice(key: str, value: str, allowed: Iterable[str]) -> None:

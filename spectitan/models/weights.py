@@ -1,7 +1,9 @@
 """Weights of a base model in Hugging Face layout: read, written, and identified."""
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,18 +14,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from spectitan import hub
 from spectitan.errors import UserError
 from spectitan.files import replace_folder
+from spectitan.models.decoder import Decoder, DecoderConfig
+from spectitan.models.families import build_on_meta
 from spectitan.models.hf_config import config_to_json, read_config
+from spectitan.models.hf_layout import HFLayout
 from spectitan.models.layers import own_part
-from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors
 
 _HEAD = "lm_head.weight"
-_ENDS = {"readout.embedding.weight": "model.embed_tokens.weight", "readout.norm.weight": "model.norm.weight", "readout.head.weight": _HEAD}
 _FINGERPRINT_NUMBERS = 256  # of each tensor
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,24 +64,23 @@ def resolve_base_path(path: str | Path) -> Path:
     return assets / name
 
 
-def load_hf(model: nn.Module, path: str | Path) -> None:
+def load_hf(model: Decoder, path: str | Path) -> None:
     """Fills every parameter of a model, sharded or not, in its own dtype. A rank reads only the bytes of what it keeps.
 
     Raises:
         UserError: see `locate_tensors`.
     """
-    folder = resolve_base_path(path)
-    parameters = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
-    files = locate_tensors(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, _ignored(model.config))
-    for name, parameter in parameters.items():
+    layout = HFLayout(model)
+    files = locate_tensors(resolve_base_path(path), layout.shapes, _ignored(model.config))
+    for name, parameter in model.named_parameters():
         local, place = own_part(parameter)
-        if local.numel():
-            with open_tensors(files[name]) as tensors:  # anew for each tensor: what is mapped counts as this process's memory
-                local.copy_(tensors.get_slice(name)[place])
+        for stored, stored_place, part in layout.parts(name, local, place):
+            with open_tensors(files[stored]) as tensors:  # anew for each tensor: what is mapped counts as this process's memory
+                part.copy_(tensors.get_slice(stored)[stored_place])
 
 
 def save_hf(
-    model: nn.Module,
+    model: Decoder,
     path: str | Path,
     dtype: torch.dtype,
     tokenizer_files_from: str | Path | None = None,
@@ -126,7 +127,7 @@ def fingerprint(source: nn.Module | str | Path) -> str:
     """
     if isinstance(source, nn.Module):
         config = source.config
-        pieces = ((_hf_name(name), _middle(_full(parameter.detach()))) for name, parameter in source.named_parameters())
+        pieces = ((name, _middle(tensor)) for name, tensor in HFLayout(source).stored_tensors(source))
     else:
         folder = resolve_base_path(source)
         config = read_config(folder)
@@ -138,17 +139,9 @@ def fingerprint(source: nn.Module | str | Path) -> str:
     return digest.hexdigest()
 
 
-def _hf_name(name: str) -> str:
-    return _ENDS.get(name, f"model.{name}")
-
-
-def _ignored(config: LlamaConfig) -> set[str]:
+def _ignored(config: DecoderConfig) -> set[str]:
     """A tied head may be stored all the same; it is the embedding."""
     return {_HEAD} if config.tie_embeddings else set()
-
-
-def _full(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _middle(tensor: Tensor) -> Tensor:
@@ -157,34 +150,35 @@ def _middle(tensor: Tensor) -> Tensor:
     return row[:_FINGERPRINT_NUMBERS].clone()
 
 
-def _stored_pieces(folder: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    with torch.device("meta"):
-        parameters = {_hf_name(name): parameter for name, parameter in EmbedLLaMA(config).named_parameters()}
-    files = locate_tensors(folder, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, _ignored(config))
+def _stored_pieces(folder: Path, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
+    files = locate_tensors(folder, HFLayout(build_on_meta(config)).shapes, _ignored(config))
     for file in sorted(set(files.values())):
         with open_tensors(file) as tensors:
-            for name in parameters:
+            for name in files:
                 if files[name] == file:
                     yield name, _middle(tensors.get_tensor(name))
 
 
-def _write_tensors(model: nn.Module, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_tensors(model: Decoder, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """Gathers one shard after another; None as folder only takes part in the gathering."""
-    shards: list[list[tuple[str, Tensor]]] = [[]]
+    layout = HFLayout(model)
+    shards: list[list[str]] = [[]]
     sizes = [0]
-    for name, parameter in model.named_parameters():
-        size = parameter.numel() * dtype.itemsize
+    for name, shape in layout.shapes.items():
+        size = math.prod(shape) * dtype.itemsize
         if shards[-1] and sizes[-1] + size > max_shard_bytes:
             shards.append([])
             sizes.append(0)
-        shards[-1].append((_hf_name(name), parameter))
+        shards[-1].append(name)
         sizes[-1] += size
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    stored = layout.stored_tensors(model)
     for file, shard in zip(files, shards):
-        tensors = {name: _full(parameter.detach()).to("cpu", dtype).contiguous() for name, parameter in shard}
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in itertools.islice(stored, len(shard))}
+        assert list(tensors) == shard
         if folder is not None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder is not None and len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards) for name, _ in shard}
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

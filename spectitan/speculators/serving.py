@@ -20,7 +20,7 @@ from spectitan.errors import UserError
 from spectitan.files import replace_folder
 from spectitan.hub import name_of_snapshot
 from spectitan.models.config_file import ConfigFile
-from spectitan.models.hf_config import ARCHITECTURES, read_config
+from spectitan.models.hf_config import hf_class
 from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.pickled_tensors import PICKLE, read_pickled, write_pickled
@@ -111,7 +111,7 @@ def write_folder(
     config, tensors = speculator.serving(format)
     config |= {
         "base_model_name_or_path": name_of_base(base_path, base_name),
-        "base_model_archs": [ARCHITECTURES[read_config(base_path).model_type]],
+        "base_model_archs": [hf_class(base_path)],
         "torch_dtype": "float32",
     }
     if base_fingerprint:

@@ -135,7 +135,7 @@ def documents_of(batch):
 def plain_training(flags: list[str]) -> tuple[torch.nn.Module, list[float]]:
     """The trained module and the loss of every step, by autograd, torch.optim.AdamW and torch's clipping, in float64."""
     config = load(flags, "train", SPECULATOR_CONFIGS)
-    base = get_model("embedllama", "auto", config.base.path, init=config.base.init, dtype=torch.float32, seed=config.job.seed).double()
+    base = get_model("auto", "auto", config.base.path, init=config.base.init, dtype=torch.float32, seed=config.job.seed).double()
     speculator = None
     if config.speculator.type != "none":
         speculator = build_speculator(config.speculator.type, config.speculator, base.config, config.objective)
@@ -144,7 +144,7 @@ def plain_training(flags: list[str]) -> tuple[torch.nn.Module, list[float]]:
         base.requires_grad_(False)
     trained = base if speculator is None else speculator
     parameters = list(trained.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() == 2]}, {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2]}, {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, betas=tuple(config.optimizer.betas), eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay
     )

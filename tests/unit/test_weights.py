@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from spectitan.errors import UserError
 from spectitan.models import registry, weights
 from spectitan.models.hf_config import read_config
-from spectitan.models.llama import LlamaConfig
+from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.registry import get_model, register_model
 from spectitan.models.weights import fingerprint, load_hf, resolve_base_path, save_hf
 from tests.unit.model_fixtures import FAMILIES, oracle, random_tokens, relative_error, save_oracle
@@ -34,7 +34,7 @@ def folder(stored, tmp_path):
 
 
 def load(folder):
-    return get_model("embedllama", "auto", folder)
+    return get_model("auto", "auto", folder)
 
 
 def refusal(action, *args) -> str:
@@ -173,7 +173,7 @@ def test_shipped_and_other_paths(stored, tmp_path, monkeypatch):
 
 
 def test_models_by_name(stored, monkeypatch):
-    assert "base.arch = 'gpt': allowed: embedllama" in refusal(get_model, "gpt", "7b")
+    assert "base.arch = 'gpt': allowed: auto, embedllama, embedmixtral" in refusal(get_model, "gpt", "7b")
     assert "base.variant = '9b': allowed: auto, 7b, " in refusal(get_model, "embedllama", "9b")
     assert "base.init = 'zero': allowed: pretrained, random" in refusal(get_model, "embedllama", "auto", stored, "zero")
     assert refusal(get_model, "embedllama", "7b").startswith("base.path is empty")
@@ -237,7 +237,7 @@ def test_defaults_are_those_of_the_family(folder):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "gpt2"}, 'model_type = "gpt2": embedllama reads llama, qwen2, qwen3, mistral'),
+        ({"model_type": "gpt2"}, 'model_type = "gpt2": allowed: llama, qwen2, qwen3, mistral, mixtral'),
         ({"model_type": ...}, "model_type is missing"),
         ({"vocab_size": ...}, "vocab_size is missing"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
@@ -424,7 +424,7 @@ def test_nothing_is_changed_by_a_refused_load(folder):
 
 def test_registered_sizes_are_configs_that_can_be_written(tmp_path):
     tiny = LlamaConfig(17, 8, 12, num_layers=1, num_heads=2, eos_token_id=(3, 4))
-    model = registry.EmbedLLaMA(tiny)
+    model = EmbedLLaMA(tiny)
     model.init_weights(torch.Generator().manual_seed(0))
     save_hf(model, tmp_path / "tiny", torch.float32)
     assert read_config(tmp_path / "tiny") == tiny

@@ -1,0 +1,21 @@
+"""The architectures that are implemented here: base.arch -> config and model."""
+
+import torch
+
+from spectitan.models.decoder import Decoder, DecoderConfig
+from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.models.mixtral import EmbedMixtral, MixtralConfig
+
+ARCHITECTURES: dict[str, type[Decoder]] = {"embedllama": EmbedLLaMA, "embedmixtral": EmbedMixtral}
+_ARCH_OF = {LlamaConfig: "embedllama", MixtralConfig: "embedmixtral"}
+
+
+def arch_of(config: DecoderConfig) -> str:
+    """The base.arch of a config."""
+    return _ARCH_OF[type(config)]
+
+
+def build_on_meta(config: DecoderConfig) -> Decoder:
+    """A model of shapes without weights."""
+    with torch.device("meta"):
+        return ARCHITECTURES[arch_of(config)](config)
