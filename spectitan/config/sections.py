@@ -109,6 +109,12 @@ class Data:
     drop_overlap: str = key(
         "", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted"
     )
+    verify: str = key(
+        "content",
+        "how a start finds out that files have changed since they were tokenised: content: reads all of them; stat: by their sizes and "
+        "time stamps, for huge corpora",
+        choices=("content", "stat"),
+    )
     cache_dir: str = key("", "folder of tokenised shards; empty: ~/.cache/spectitan (or $SPECTITAN_CACHE)")
     tokenizer_threads: int = key(-1, "threads that tokenise; -1: one a core", minimum=-1)
     loader_workers: int = key(0, "processes that read samples during training; 0: the trainer itself", minimum=0)

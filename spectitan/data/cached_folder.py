@@ -15,43 +15,54 @@ Opened = TypeVar("Opened")
 
 
 def open_or_make(
-    folder: Path, lock: Path, task: str, open_folder: Callable[[Path], Opened | None], write: Callable[[Path], None]
+    lock: Path,
+    task: str,
+    find: Callable[[], Path | None],
+    open_folder: Callable[[Path], Opened | None],
+    write: Callable[[Path], Path],
 ) -> Opened:
     """Opens the folder; if it is not there, one process writes it while others that want the same wait.
 
     Args:
-        lock: file whose lock the writer holds.
+        lock: file whose lock the writer holds, in the folder where the new one will lie.
         task: what writing does, for those that wait: "data NAME: ..., which another process does".
+        find: where the folder should be; None: it is nowhere.
         open_folder: None: it is not there, or broken, and is made anew.
-        write: fills an empty folder, and has it on the disk when it returns.
+        write: fills an empty folder, has it on the disk when it returns, and says where it belongs.
 
     Raises:
-        OSError: the disk is full; the error names the folder that `folder` lies in.
+        OSError: the disk is full; the error names the folder that `lock` lies in.
     """
-    opened = open_folder(folder)
+    opened = _found(find, open_folder)
     if opened is not None:
         return opened
     with _locked(lock, task):
-        opened = open_folder(folder)  # another process may have written it while this one waited
+        opened = _found(find, open_folder)  # another process may have written it while this one waited
         if opened is not None:
             return opened
-        for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):  # of a process that was killed: it holds the lock no more
+        for leftover in lock.parent.glob(f"{lock.stem}.*.tmp"):  # of a process that was killed: it holds the lock no more
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
+        temporary = lock.with_name(f"{lock.stem}.{secrets.token_hex(8)}.tmp")
         temporary.mkdir()
         try:
-            write(temporary)
+            folder = write(temporary)
             if folder.exists():  # broken
                 shutil.rmtree(folder)
             temporary.rename(folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
-                raise OSError(error.errno, error.strerror, str(folder.parent)) from None
+                problem = f"{error.strerror} ({task}; data.cache_dir names the folder)"
+                raise OSError(error.errno, problem, str(lock.parent)) from None
             raise
     opened = open_folder(folder)
     assert opened is not None, f"{folder} was just written"
     return opened
+
+
+def _found(find: Callable[[], Path | None], open_folder: Callable[[Path], Opened | None]) -> Opened | None:
+    folder = find()
+    return None if folder is None else open_folder(folder)
 
 
 @contextmanager

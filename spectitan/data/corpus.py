@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +18,11 @@ from spectitan.data.progress import Progress
 from spectitan.data.prompts import load_prompts
 from spectitan.data.rendering import rendered, texts_of
 from spectitan.data.shards import FORMAT_VERSION, BrokenShards, Shards, ShardWriter
+from spectitan.data.source_hash import Memory, SourceHash, content_hash, names_and_sizes
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
-from spectitan.files import write_whole
 
 logger = logging.getLogger(__name__)
-
-SETTLED_SECONDS = 60.0  # a file changed more recently might change again without a new time stamp
 
 
 class EmptyDataset(UserError):
@@ -95,15 +92,33 @@ def tokenise_held_out(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
 
 
 def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> Shards:
-    """The shards in the cache, written now if they are not there."""
+    """The shards in the cache, written now if they are not there.
+
+    Their folder is named after all that decides their bytes: how they are made and the files' names and sizes, then the files'
+    content. Where there is no folder of the same names and sizes the content is hashed while it is tokenised.
+    """
     cache = cache_folder(data)
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / _cache_key(dataset, data, part, tokenizer, prompts)
+    made_from = _made_from(dataset, data, part, tokenizer, prompts)
 
-    def write(temporary: Path) -> None:
-        _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts))
+    def find() -> Path | None:
+        if not any(cache.glob(f"{made_from}-*")):
+            return None
+        memory = Memory(dataset, cache)
+        content = memory.recall() if data.verify == "stat" else None
+        if content is None:
+            content = content_hash(dataset)
+            memory.keep(content)
+        return cache / f"{made_from}-{content}"
 
-    return open_or_make(folder, folder.with_suffix(".lock"), f"data {dataset.name}: tokenising", _open, write)
+    def write(temporary: Path) -> Path:
+        memory, source = Memory(dataset, cache), SourceHash(dataset)
+        _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts), source)
+        content = source.finish()
+        memory.keep(content)
+        return cache / f"{made_from}-{content}"
+
+    return open_or_make(cache / f"{made_from}.lock", f"data {dataset.name}: tokenising", find, _open, write)
 
 
 def cache_folder(data: Data) -> Path:
@@ -111,11 +126,11 @@ def cache_folder(data: Data) -> Path:
     return Path(data.cache_dir or os.environ.get("SPECTITAN_CACHE") or "~/.cache/spectitan").expanduser()
 
 
-def _cache_key(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> str:
-    """Everything that decides the shards' bytes: the files' contents, the tokenizer, and the keys that choose documents."""
+def _made_from(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> str:
+    """Everything that decides the shards' bytes but the files' content: their names and sizes, the tokenizer, keys that choose documents."""
     decides = {
         "format": FORMAT_VERSION,
-        "content": _content_hash(dataset, cache_folder(data)),
+        "files": [[os.fsencode(file).hex(), size] for file, size in names_and_sizes(dataset)],
         "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size],
         "part": [part, data.holdout if part else 0.0],
         "reading": [data.format, data.text_column, data.on_invalid, *_reading_of_tables(dataset, data, tokenizer)],
@@ -133,21 +148,6 @@ def _reading_of_tables(dataset: Dataset, data: Data, tokenizer: Tokenizer) -> li
     return [*keys, tokenizer.chat_template and tokenizer.chat_template.fingerprint]
 
 
-def _content_hash(dataset: Dataset, cache: Path) -> str:
-    """The hash of the files' contents; remembered as long as the file system says that no file has changed.
-
-    Not remembered while a file is so young that a further change might leave it the same time.
-    """
-    memory = cache / f"sources-{dataset.stat_hash()}"
-    if memory.exists():
-        return memory.read_text()
-    settled = dataset.newest_change() < time.time() - SETTLED_SECONDS
-    content = dataset.content_hash()
-    if settled:
-        write_whole(memory, content)
-    return content
-
-
 def _open(folder: Path) -> Shards | None:
     if not folder.exists():
         return None
@@ -158,7 +158,10 @@ def _open(folder: Path) -> Shards | None:
         return None
 
 
-def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows) -> None:
+def _write_shards(
+    folder: Path, dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, windows: PromptWindows, source: SourceHash
+) -> None:
+    """`source` follows what is read."""
     found, num_bytes, frame = Found(), 0, len(tokenizer.document([]))
     writer = ShardWriter(folder, tokenizer.vocab_size)
     title = f"tokenising {dataset.name}" + (f" ({part})" if part == HELD_OUT else "")
@@ -168,6 +171,7 @@ def _write_shards(folder: Path, dataset: Dataset, data: Data, part: str | None, 
             with closing(encoded(documents, tokenizer, data.tokenizer_threads, found.noted)) as results:
                 for document, result in results:
                     progress.update(document.bytes_read)
+                    source.advance(document.bytes_read)
                     reason = _why_dropped(document, result, frame, windows)
                     if reason:
                         found.dropped[reason] += 1

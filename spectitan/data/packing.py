@@ -129,6 +129,7 @@ def packed(shards: Shards, data: Data, name: str) -> PackedDataset:
         name: of the dataset, for the log.
     """
     packing = Packing(data.packing, data.overlong, data.seq_length)
+    folder = shards.folder / packing.folder
 
     def open_index(folder: Path) -> PackedDataset | None:
         if not folder.exists():
@@ -139,10 +140,11 @@ def packed(shards: Shards, data: Data, name: str) -> PackedDataset:
             logger.warning("the packing of data %s is broken and is made again: %s", name, error)
             return None
 
-    def write(temporary: Path) -> None:
+    def write(temporary: Path) -> Path:
         write_index(temporary, shards, *packing)
+        return folder
 
-    return open_or_make(shards.folder / packing.folder, shards.folder / "packing.lock", f"data {name}: packing", open_index, write)
+    return open_or_make(shards.folder / "packing.lock", f"data {name}: packing", lambda: folder, open_index, write)
 
 
 def describe(samples: PackedDataset, data: Data) -> str:

@@ -220,7 +220,7 @@ def test_a_killed_run_leaves_nothing_half_valid(tmp_path, death):
     shards, clean = make_shards(tmp_path / "killed", lengths), make_shards(tmp_path / "clean", lengths)
     process = start(death, shards.folder, data)
     process.join()
-    assert process.exitcode == -signal.SIGKILL and list(shards.folder.glob("packing-*.tmp"))
+    assert process.exitcode == -signal.SIGKILL and list(shards.folder.glob("packing*.tmp"))
     packed(shards, data, "name"), packed(clean, data, "name")
     assert contents(shards.folder) == contents(clean.folder)
 

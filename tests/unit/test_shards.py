@@ -1,19 +1,22 @@
 """Shards hold every document once, are written whole or not at all, and hold no evaluation prompt."""
 
 import errno
+import importlib
 import json
+import logging
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spectitan.data import corpus, encoding
+from spectitan.data import encoding, source_hash
 from spectitan.data.corpus import tokenise_held_out, tokenise_training
 from spectitan.data.overlap import PromptWindows, count_overlap
 from spectitan.data.prompts import load_prompts
@@ -195,22 +198,6 @@ def test_the_cache_is_keyed_by_what_decides_the_ids(tmp_path):
     assert makes_new()
 
 
-def test_hashes_of_unchanged_sources_are_remembered_once_they_have_settled(tmp_path, monkeypatch):
-    write_texts(tmp_path / "text", {"a.txt": text(1)})
-    hashed = []
-    monkeypatch.setattr(corpus.Dataset, "content_hash", lambda self, real=corpus.Dataset.content_hash: hashed.append(1) or real(self))
-    for _ in range(2):
-        tokenised(make_data(tmp_path), ByteTokenizer())
-    assert len(hashed) == 2, "young files are read again"
-    monkeypatch.setattr(corpus, "SETTLED_SECONDS", -1.0)
-    for _ in range(3):
-        tokenised(make_data(tmp_path), ByteTokenizer())
-    assert len(hashed) == 3
-    (tmp_path / "text" / "a.txt").write_text(text(2))
-    shards = tokenised(make_data(tmp_path), ByteTokenizer())
-    assert documents_of(shards) == [ByteTokenizer().document(ByteTokenizer().encode(text(2)))]
-
-
 def test_a_damaged_cache_is_made_again(tmp_path, caplog):
     write_texts(tmp_path / "text", {f"{i}.txt": text(i) for i in range(9)})
     shards = tokenised(make_data(tmp_path), ByteTokenizer())
@@ -255,40 +242,71 @@ def many_chunks(tmp_path):
 
 
 def clean_run(tmp_path):
-    return contents(tokenised(make_data(tmp_path, cache_dir=str(tmp_path / "clean")), ByteTokenizer()).folder)
+    """The files of a cache in which nothing has ever gone wrong."""
+    tokenised(make_data(tmp_path, cache_dir=str(tmp_path / "clean")), ByteTokenizer())
+    return contents(tmp_path / "clean")
 
 
 def kill_this_process():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tokenise_and_die(data):
-    tokenise_training(data, AccidentTokenizer(kill_this_process))
+def die_at(data, place, call):
+    """Killed when the function at a place is called for the nth time; the sources have settled."""
+    source_hash.SETTLED_SECONDS = -1.0
+    module, _, path = place.partition(":")
+    owner, _, name = path.rpartition(".")
+    owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+    original, calls = getattr(owner, name), []
 
+    def accident(*arguments, **keys):
+        calls.append(1)
+        if len(calls) == call:
+            kill_this_process()
+        return original(*arguments, **keys)
 
-def die_before_the_rename(data):
-    Path.rename = lambda self, target: kill_this_process()
+    setattr(owner, name, accident)
     tokenise_training(data, ByteTokenizer())
 
 
-@pytest.mark.parametrize("death", [tokenise_and_die, die_before_the_rename])
-def test_a_killed_run_leaves_nothing_half_valid(tmp_path, death):
+PLACES = [
+    ("secrets:token_hex", 1),  # the lock is there and nothing else
+    ("spectitan.data.shards:ShardWriter.add", 5),
+    ("spectitan.data.shards:_write_npy", 2),
+    ("spectitan.data.shards:sync", 3),
+    ("pathlib:Path.touch", 1),  # all but what is remembered of the sources
+    ("pathlib:Path.rename", 1),  # all is written
+    ("spectitan.data.shards:Shards.__init__", 1),  # all is there
+]
+
+
+@pytest.mark.parametrize(("place", "call"), PLACES)
+def test_a_killed_run_leaves_what_the_next_makes_into_the_cache_of_a_clean_run(tmp_path, monkeypatch, place, call):
     data = many_chunks(tmp_path)
-    process = start(death, data)
+    monkeypatch.setattr(source_hash, "SETTLED_SECONDS", -1.0)
+    process = start(die_at, data, place, call)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert list((tmp_path / "cache").glob("*.tmp")), "it was killed in the middle"
     shards = tokenised(data, ByteTokenizer())
-    assert contents(shards.folder) == clean_run(tmp_path)
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert contents(shards.folder.parent) == clean_run(tmp_path)
 
 
-def write_slowly(data, log):
+def kill_in(seconds):
+    timer = threading.Timer(seconds, kill_this_process)
+    timer.daemon = True
+    timer.start()
+
+
+def tokenise_slowly(data, log, life=None):
+    """Says in the log what it does. With a life, it is killed after so many seconds."""
+    logging.basicConfig(filename=log, level=logging.INFO, format=f"{os.getpid()} %(message)s", force=True)
+    if life is not None:
+        kill_in(life)
+
     class SlowTokenizer(ByteTokenizer):
         def encode_batch(self, texts):
             time.sleep(0.02)
-            with open(log, "a") as file:
-                file.write(f"{os.getpid()}\n")
+            logging.info("tokenising texts")
             return super().encode_batch(texts)
 
     ((_, shards),) = tokenise_training(data, SlowTokenizer())
@@ -297,12 +315,28 @@ def write_slowly(data, log):
 
 def test_of_several_processes_one_tokenises_and_the_others_wait(tmp_path):
     data = many_chunks(tmp_path)
-    together = [start(write_slowly, data, tmp_path / "log") for _ in range(3)]
+    together = [start(tokenise_slowly, data, tmp_path / "log") for _ in range(3)]
     for process in together:
         process.join()
     assert [process.exitcode for process in together] == [0, 0, 0]
-    assert len(set((tmp_path / "log").read_text().split())) == 1
-    assert contents(tokenised(data, ByteTokenizer()).folder) == clean_run(tmp_path)
+    lines = [line.split(" ", 1) for line in (tmp_path / "log").read_text().splitlines()]
+    (writer,) = {pid for pid, line in lines if line == "tokenising texts"}
+    waiting = {pid for pid, line in lines if "waiting for another process that does it" in line}
+    assert waiting == {str(process.pid) for process in together} - {writer}
+    assert contents(tmp_path / "cache") == clean_run(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_killed_at_random_times_leave_the_cache_of_a_clean_run(tmp_path, seed):
+    """One process after another is killed at random times, while another waits for the same; the last one lives."""
+    data = many_chunks(tmp_path)
+    generator = np.random.default_rng(seed)
+    together = [start(tokenise_slowly, data, tmp_path / "log", life) for life in generator.uniform(0.0, 0.25, 3)]
+    together.append(start(tokenise_slowly, data, tmp_path / "log"))
+    for process in together:
+        process.join()
+    assert together[-1].exitcode == 0 and {process.exitcode for process in together[:3]} <= {0, -signal.SIGKILL}
+    assert contents(tmp_path / "cache") == clean_run(tmp_path)
 
 
 def test_a_stop_request_leaves_nothing_behind(tmp_path):
@@ -318,7 +352,8 @@ def test_a_stop_request_leaves_nothing_behind(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert not list((tmp_path / "cache").glob("*.tmp")) and "TOKENIZERS_PARALLELISM" not in os.environ
-    assert contents(tokenised(data, ByteTokenizer()).folder) == clean_run(tmp_path)
+    tokenised(data, ByteTokenizer())
+    assert contents(tmp_path / "cache") == clean_run(tmp_path)
 
 
 def fill_the_disk(data, report):
@@ -327,15 +362,21 @@ def fill_the_disk(data, report):
     try:
         tokenise_training(data, ByteTokenizer())
     except OSError as error:
-        Path(report).write_text(f"{error.errno} {error.filename}")
+        Path(report).write_text(f"{error.errno} {error.filename} {error.strerror}")
 
 
-def test_a_full_disk_names_the_cache_and_leaves_nothing_behind(tmp_path):
-    data = many_chunks(tmp_path)
-    process = start(fill_the_disk, data, tmp_path / "report")
+def test_a_full_disk_names_the_cache_and_leaves_all_as_it_was(tmp_path):
+    write_texts(tmp_path / "few", {"a.txt": text(1)})
+    tokenised(make_data(tmp_path, path=str(tmp_path / "few")), ByteTokenizer())
+    before = contents(tmp_path / "cache")
+    process = start(fill_the_disk, many_chunks(tmp_path), tmp_path / "report")
     process.join()
-    assert process.exitcode == 0 and (tmp_path / "report").read_text() == f"{errno.EFBIG} {tmp_path / 'cache'}"
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert process.exitcode == 0
+    number, name, problem = (tmp_path / "report").read_text().split(" ", 2)
+    assert (int(number), name) == (errno.EFBIG, str(tmp_path / "cache")) and "data.cache_dir" in problem and "\n" not in problem
+    after = contents(tmp_path / "cache")
+    assert {name: after[name] for name in before} == before
+    assert [Path(name).suffix for name in after.keys() - before] == [".lock"] and not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def peak_memory(data, report):

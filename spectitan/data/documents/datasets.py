@@ -1,7 +1,6 @@
 """The files of datasets: trees of files, single files, datasets of Hugging Face's hub, and Python's standard library."""
 
 import difflib
-import hashlib
 import itertools
 import os
 import sysconfig
@@ -38,26 +37,6 @@ class Dataset:
 
     def num_bytes(self) -> int:
         return sum((self.root / file).stat().st_size for file in self.files)
-
-    def stat_hash(self) -> str:
-        """Hash of what the file system says of every file: changes whenever a file is written."""
-        stats = ((file, (self.root / file).stat()) for file in self.files)
-        identity = [(str(self.root), file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for file, stat in stats]
-        return hashlib.blake2b(repr(identity).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-
-    def newest_change(self) -> float:
-        """When a file was last changed, in seconds since the epoch."""
-        return max((self.root / file).stat().st_ctime for file in self.files)
-
-    def content_hash(self) -> str:
-        """One sequential hash of every file's path, size and bytes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for file in self.files:
-            digest.update(os.fsencode(file) + b"\0%d\0" % (self.root / file).stat().st_size)
-            with (self.root / file).open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
 
 
 class _Source(NamedTuple):
