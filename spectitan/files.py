@@ -9,15 +9,15 @@ from pathlib import Path
 from spectitan.errors import UserError
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Writes UTF-8 under a temporary name and renames: a reader sees the old file or the new one, never a part.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes bytes, of a text UTF-8, under a temporary name and renames: a reader sees the old file or the new one, never a part.
 
     Raises:
         OSError: naming `path`; what was there is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

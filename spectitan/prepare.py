@@ -3,6 +3,7 @@
 python -m spectitan.prepare --job.config_file train_configs/quickstart.toml
 python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenizer_vocab_size 4096
 python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
+python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.token_freq token_freq.pt
 python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.generate generated/0.jsonl
 """
 
@@ -26,6 +27,7 @@ from spectitan.data.cut_prompts import cut_prompts
 from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_datasets, read_documents, validation_datasets
 from spectitan.data.loader import SAMPLE_BITS, Loader, build_loader
 from spectitan.data.rendering import rendered, texts_of
+from spectitan.data.token_counts import count_targets, write_token_freq
 from spectitan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
 from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.distributed.mesh import choose_device
@@ -38,6 +40,7 @@ from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.states.continued import ContinuedStates, prompts_per_sample
 from spectitan.states.generated import write_generated
 from spectitan.states.online import OnlineStates
+from spectitan.training.run_folder import check_can_be_written
 from spectitan.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
     base_path = resolve_base_path(config.base.path)
+    if config.prepare.token_freq:
+        check_can_be_written("prepare.token_freq", str(Path(config.prepare.token_freq).parent))
     if config.prepare.tokenizer_vocab_size > 0:
         write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
     vocab_size, prompts = check_generation(config) if config.prepare.generate else (None, 0)
@@ -61,6 +66,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
     held_out = tokenise_held_out(config.data, tokenizer)
     print(table(loader, held_out))
     print(f"{loader.samples_per_epoch:,} samples of {config.data.seq_length} tokens in an epoch; shards are in {cache_folder(config.data)}")
+    if config.prepare.token_freq:
+        write_counts(Path(config.prepare.token_freq), loader, tokenizer.vocab_size)
     for _ in range(config.prepare.show):
         print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
     if config.prepare.generate:
@@ -116,6 +123,13 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
         raise UserError(f"prepare.num_prompts = {count}: the held-out text gives {found} only; allowed: at most that")
     write_whole(path, content)
     logger.info("written: %s, %d prompts", path, count)
+
+
+def write_counts(path: Path, loader: Loader, vocab_size: int) -> None:
+    """Writes how often each token of the training part is a target."""
+    counts = count_targets([dataset.shards for dataset in loader.tokenised if dataset.shards], vocab_size)
+    write_token_freq(path, counts)
+    print(f"{(counts > 0).sum():,} of {vocab_size:,} tokens are targets, {counts.sum():,} times together: {path}")
 
 
 def check_generation(config: Config) -> tuple[int, int]:

@@ -52,6 +52,8 @@ def check_combinations(config: Config, program: str) -> None:
     if program == "train":
         _check_training(config)
     if program == "prepare":
+        token_freq = config.prepare.token_freq
+        _require(token_freq.endswith(".pt") or not token_freq, f"prepare.token_freq = {token_freq!r}; allowed: a file that ends in .pt")
         samples, start = config.prepare.generate_samples, config.prepare.generate_start
         given = f"prepare.generate_samples = {samples} and prepare.generate_start = {start}"
         _require(config.prepare.generate or (samples, start) == (-1, 0), f"{given} without prepare.generate; allowed: with it, or -1 and 0")

@@ -257,6 +257,9 @@ class Prepare:
         0, "train a byte-level BPE tokenizer of this size on the data and write it into base.path; 0: use the one there", minimum=0
     )
     num_prompts: int = key(0, "cut this many evaluation prompts from the held-out text and write them to eval.prompts; 0: none", minimum=0)
+    token_freq: str = key(
+        "", "file to write, ending in .pt: how often each token is a target, {token id: count}, as speculators' token_freq.pt; empty: none"
+    )
     generate: str = key(
         "",
         "JSONL file to write: prompts cut from the text and what the base samples after them, by the keys of [stage2]; what is there of "

@@ -76,6 +76,7 @@ class Loader:
     Attributes:
         position: samples that whole optimizer steps have consumed over all ranks; with it, build_loader goes on from here.
         samples_per_epoch: samples of all datasets that are used, each once.
+        tokenised: the datasets, whole.
         datasets: names, by the number that sample_ids begin with.
         counts: for each dataset {"documents", "tokens", "supervised" (tokens that may be targets), "longest" (document, in tokens),
             "bytes", "samples", "fill" (share of the samples' tokens that are no padding), "held_out", "kinds": {what rows are: rows},
@@ -95,6 +96,7 @@ class Loader:
         weights = data.weights or tokens
         self.position = position
         self.samples_per_epoch = sum(sizes)
+        self.tokenised = datasets
         self.datasets = [dataset.name for dataset in datasets]
         self.counts = {dataset.name: _counts(dataset, of_dataset) for dataset, of_dataset in zip(datasets, samples)}
         self.reasons = _reasons(self.counts.values())

@@ -5,8 +5,10 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+import torch
 
 from spectitan.config.sections import Data
 from spectitan.data import corpus
@@ -54,6 +56,20 @@ def test_what_was_found_is_printed(folder, capsys):
     empty = sum(not document.content for document in read_documents(code, data, TRAINING, Found()))
     assert empty > 0 and f"code: dropped {empty} (empty)" in output and "code: dropped 1 (invalid UTF-8)" in output
     assert f"code: skipped {folder}/text/code/broken.txt:1" in output
+
+
+def test_counts_of_targets_are_written(folder, capsys):
+    path = folder / "new" / "token_freq.pt"
+    keys = {"data__datasets": "code,prose", "data__weights": "1,0", "prepare__token_freq": path}
+    for _ in range(2):  # a file that is there is replaced
+        assert main(flags(folder, **keys)) == 0
+    tokenizer = load_tokenizer(folder / "base")
+    data = Data(path=str(folder / "text"), datasets=["code"], holdout=0.2, on_invalid="skip")
+    texts = [document.content for document in read_documents(find_datasets(data)[0], data, TRAINING, Found()) if document.content]
+    expected = Counter(token for text in texts for token in tokenizer.document(tokenizer.encode(text))[1:])
+    assert torch.load(path, weights_only=True) == expected
+    counted = f"{len(expected)} of {tokenizer.vocab_size} tokens are targets, {sum(expected.values()):,} times together: {path}"
+    assert counted in capsys.readouterr().out
 
 
 def test_training_finds_everything_in_the_cache(folder, monkeypatch):
@@ -138,6 +154,7 @@ def test_prompts_are_cut_from_held_out_lines(folder, capsys):
     [
         ({"data__path": "nowhere"}, "data.path = 'nowhere': no such file or folder"),
         ({"data__path": ""}, "data.path is missing"),
+        ({"prepare__token_freq": "{folder}/text/code/0.txt/a.pt"}, "prepare.token_freq = '{folder}/text/code/0.txt'"),
         ({"data__datasets": "coda"}, "no 'coda' below data.path"),
         ({"data__datasets": "code", "data__weights": "1,2"}, "data.weights has 2 numbers"),
         ({"data__on_invalid": "error"}, "code/broken.txt:1: byte 0xff is not UTF-8"),

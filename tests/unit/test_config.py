@@ -273,6 +273,7 @@ def test_combinations_that_cannot_be_trained(flags, named):
         ("prepare", ["--data.path", "d"], "base.path"),
         ("evaluate", [], "speculator.path"),
         ("export", [], "base.path"),
+        ("prepare", ["--base.path", "b", "--data.path", "d", "--prepare.token_freq=x.jsonl"], "prepare.token_freq = 'x.jsonl'"),
         ("generate", ["--base.path", "b"], "generate.prompt"),
         ("generate", ["--base.path", "b", "--generate.prompt=a", "--generate.prompt_file=f"], "generate.prompt_file"),
     ],
