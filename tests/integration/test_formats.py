@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
 from spectitan import prepare, train
 from spectitan.data.shards import Shards
 from spectitan.data.tokenizer import load_tokenizer
+from spectitan.training.checkpoint import read_tensors
 from tests.integration import tiny
 from tests.unit.data_fixtures import documents_of, masks_of
 from tests.unit.source_fixtures import hub_snapshot, packed, save_to_disk, write_fms_shard, write_stream
@@ -194,3 +196,19 @@ def test_train_takes_all_of_them_together(world, base, tmp_path):
     assert train.main(flags) == 0
     last = tiny.reports(tmp_path / "run")[-1]
     assert last["step"] == 4 and {name for name, tokens in last["tokens_by_dataset"].items() if tokens} == set(names)
+
+
+def test_train_takes_a_base_of_the_hub_and_the_export_says_its_name(world, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_snapshot(tmp_path / "hub", "model", "team/Tiny-1B", {path.name: path.read_bytes() for path in base.iterdir()})
+    changes = tiny.SHORT | {"base__path": "team/Tiny-1B", "export__format": "mlp_speculator"}
+    assert train.main(world.flags(tmp_path / "run", **changes)) == 0
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == "team/Tiny-1B"
+    tensors = checkpoint_tensors(tmp_path / "run")
+    assert train.main(world.flags(tmp_path / "other", **changes | {"base__path": base})) == 0
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in checkpoint_tensors(tmp_path / "other").items())
+
+
+def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(tiny.checkpoint(run, 4), "speculator.")

@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-from backports import zstd
+
+try:
+    from compression import zstd
+except ImportError:  # before Python 3.14
+    from backports import zstd
 
 
 def write_fms_shard(path: Path, documents: list[list[int]]) -> Path:
