@@ -1,8 +1,9 @@
 """Fully sharded data parallelism: how the parts of a run are wrapped, and in which precision they are held and computed.
 
 Masters are float32 (float64 when computing in float64), gathered in the compute dtype; gradients are summed, never averaged,
-because losses are already normalised by global counts. On one rank that computes in its masters' precision nothing is wrapped:
-there is nothing to gather, cast or reduce, and each of these would hold another copy of all parameters.
+because losses are already normalised by global counts. On one rank, where there is nothing to gather or reduce, FSDP would still
+hold copies of all parameters and gradients: a speculator is cast as it is used there, and what computes in its masters' precision
+is left as it is.
 """
 
 import itertools
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+from spectitan.distributed.cast_on_use import cast_on_use
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +123,14 @@ def shard_frozen(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMes
     _shard(module, blocks, mesh, compute_dtype, reshard_after_forward=True)
 
 
+def hold_trained(module: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """A module trained on one process, whose own forward uses all its parameters: masters, cast as they are used."""
+    cast_parameters(module, master_dtype(compute_dtype))
+    module.to(device)
+    if compute_dtype != master_dtype(compute_dtype):
+        cast_on_use(module, compute_dtype)
+
+
 def hold_frozen(module: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
     """A frozen module on one process needs no wrapping: it is held in the compute dtype."""
     module.requires_grad_(False)
@@ -175,7 +186,10 @@ def apply_fsdp(
 
     if any(True for _ in speculator.parameters()):
         speculator_mesh = speculator_mesh or mesh
-        shard_trained(speculator, speculator_blocks, speculator_mesh, compute_dtype)
+        if speculator_mesh.size() == 1:
+            hold_trained(speculator, device, compute_dtype)
+        else:
+            shard_trained(speculator, speculator_blocks, speculator_mesh, compute_dtype)
         logger.info("speculator: %s masters, %s, computed in %s", master_dtype(compute_dtype), _extent(speculator_mesh), compute_dtype)
 
 

@@ -21,11 +21,12 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     groups = defaultdict(list)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[peak_learning_rate(name, config), parameter.dim() >= 2].append((name, parameter))
+            groups[name.partition(".")[0], parameter.dim() >= 2].append((name, parameter))
     optimizer = torch.optim.AdamW(
         [
-            {"params": pairs, "lr": peak, "peak_lr": peak, "weight_decay": config.weight_decay if is_matrix else 0.0}
-            for (peak, is_matrix), pairs in groups.items()
+            {"params": pairs, "lr": peak_learning_rate(part, config), "peak_lr": peak_learning_rate(part, config)}
+            | {"weight_decay": config.weight_decay if is_matrix else 0.0}
+            for (part, is_matrix), pairs in groups.items()
         ],
         betas=tuple(config.betas),
         eps=config.eps,
