@@ -168,6 +168,8 @@ class Trainer:
         config = self.config
         dtype = self.compute_dtype if config.base.freeze else master_dtype(self.compute_dtype)
         self.base = get_model(config.base.arch, config.base.variant, self.base_path, init=config.base.init, dtype=dtype, device="meta")
+        if config.base.freeze and config.stage2.start_step < 0 and not self.speculator.needs_base_head:
+            self.base.readout.drop_head()
         if config.speculator.type != "none" and not self.fine_tunes:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.speculator.to(self.device)

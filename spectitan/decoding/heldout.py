@@ -16,7 +16,7 @@ def heldout_sums(speculator: Speculator, source: StateSource, batches: Iterable[
 
     Both on the CPU. Works for NextToken too: its one step is the base's own loss.
     """
-    device = readout.head.weight.device
+    device = readout.embedding.weight.device
     sums = torch.zeros(speculator.steps, len(speculator.metrics), dtype=torch.float64)
     counts = torch.zeros(speculator.steps, 1, dtype=torch.float64)
     for batch in batches:

@@ -40,6 +40,11 @@ class Readout(nn.Module):
             self.head.weight = self.embedding.weight
         return self
 
+    def drop_head(self) -> None:
+        """For a run that asks for no logits: a head of its own is as large as the embedding. To be called before weights are read."""
+        if not self.tied:
+            self.head = None
+
     def call(self, fn: Callable[..., Result], *args) -> Result:
         """fn(self, *args), with the full parameters at hand. Tensors that need a gradient must be among args."""
         return fn(self, *args)

@@ -71,7 +71,8 @@ def load_hf(model: Decoder, path: str | Path) -> None:
         UserError: see `locate_tensors`.
     """
     layout = HFLayout(model)
-    files = locate_tensors(resolve_base_path(path), layout.shapes, _ignored(model.config))
+    # A tied head may be stored all the same (it is the embedding), and one that nobody asks for need not be read.
+    files = locate_tensors(resolve_base_path(path), layout.shapes, {_HEAD} - layout.shapes.keys())
     for name, parameter in model.named_parameters():
         local, place = own_part(parameter)
         for stored, stored_place, part in layout.parts(name, local, place):
@@ -139,11 +140,6 @@ def fingerprint(source: nn.Module | str | Path) -> str:
     return digest.hexdigest()
 
 
-def _ignored(config: DecoderConfig) -> set[str]:
-    """A tied head may be stored all the same; it is the embedding."""
-    return {_HEAD} if config.tie_embeddings else set()
-
-
 def _middle(tensor: Tensor) -> Tensor:
     """The first numbers of the middle row (of a vector: of itself): few, and likely trained, unlike the first token's."""
     row = tensor if tensor.dim() == 1 else tensor[tensor.shape[0] // 2]
@@ -151,7 +147,8 @@ def _middle(tensor: Tensor) -> Tensor:
 
 
 def _stored_pieces(folder: Path, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
-    files = locate_tensors(folder, HFLayout(build_on_meta(config)).shapes, _ignored(config))
+    shapes = HFLayout(build_on_meta(config)).shapes
+    files = locate_tensors(folder, shapes, {_HEAD} - shapes.keys())
     for file in sorted(set(files.values())):
         with open_tensors(file) as tensors:
             for name in files:

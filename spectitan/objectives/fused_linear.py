@@ -64,7 +64,7 @@ def fused_linear_loss(
 def _automatic_chunk_rows(weight: Tensor) -> int:
     """Each chunk reads and writes the head's whole gradient, so that many rows are needed before arithmetic outweighs that."""
     # CPU: measured by benchmarks/fused_loss.py. GPU: arithmetic per byte of memory is some ten times as much; not measured.
-    most_rows, most_bytes = (1024, 64 << 20) if weight.device.type == "cpu" else (4096, 1 << 30)
+    most_rows, most_bytes = (512, 32 << 20) if weight.device.type == "cpu" else (4096, 1 << 30)
     return max(8, min(most_rows, most_bytes // (len(weight) * weight.element_size()) // 8 * 8))
 
 
@@ -152,16 +152,17 @@ class _Chunks:
 class _WideSum:
     """A sum of matrix products, of the shape of `like`, in a dtype that may be wider than the products'.
 
-    A narrower product goes by blocks of rows, which are still in a CPU's cache when they are added: they need no memory of their
-    own to speak of, and take less time than one product of all rows.
+    A narrower product goes by blocks of rows, which are still in a CPU's cache when they are widened and added. (PyTorch's sum
+    of two dtypes would make a wide copy in fresh memory each time, which takes as long as half of the product.)
     """
 
-    _BLOCK_BYTES = 2 << 20
+    _BLOCK_BYTES = 1 << 20
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
         self.total = torch.zeros_like(like, dtype=dtype)
         rows = max(1, self._BLOCK_BYTES // (like.element_size() * like.shape[1])) if like.device.type == "cpu" else len(like)
         self.product = like.new_empty(min(rows, len(like)), like.shape[1]) if like.dtype != dtype else None
+        self.wide = None if self.product is None else self.product.to(dtype)
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
         """Adds left [V, rows] @ right [rows, w]."""
@@ -169,4 +170,5 @@ class _WideSum:
             self.total.addmm_(left, right)
             return
         for total, rows in zip(self.total.split(len(self.product)), left.split(len(self.product))):
-            total.add_(torch.mm(rows, right, out=self.product[: len(rows)]))
+            product = torch.mm(rows, right, out=self.product[: len(rows)])
+            total.add_(self.wide[: len(rows)].copy_(product))

@@ -95,6 +95,7 @@ class Speculator(nn.Module):
 
     taps: tuple[int, ...] = ()  # layer ids of the base whose states it reads, ascending; the final state is always there
     steps: int = 1  # tokens it is trained to look ahead
+    needs_base_head: bool = True  # its training forward reads the base's output head
     drafts_trees: bool = False  # has draft_tree
     metrics: tuple[str, ...] = ("loss", "accuracy", "alpha", "full_accuracy")  # columns of Loss.sums; the first four are fixed
     formats: tuple[str, ...] = ()  # of export.format, that can hold it; auto is the first that holds all of it

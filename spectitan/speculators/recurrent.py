@@ -122,6 +122,7 @@ class RecurrentSpeculator(Speculator):
         self.tied, self.scale_input = config.tie_weights, config.scale_input
         self.hidden_size, self.vocab_size = base_config.hidden_size, base_config.vocab_size
         self.loss, self.chunk_rows = objective.loss, objective.chunk_rows
+        self.needs_base_head = objective.loss != "ce"
         width = self.hidden_size if config.speculator_width == -1 else config.speculator_width
         if width < 1:
             raise UserError("speculator.speculator_width = 0; allowed: 1 or more, or -1 for the base's hidden size")

@@ -5,7 +5,7 @@ import os
 import sys
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_LARGE = 4 << 20
+_LARGE = 1 << 20
 
 
 def use_huge_pages() -> None:
