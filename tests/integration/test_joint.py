@@ -43,6 +43,17 @@ def joint(world) -> Path:
     return world.root / "joint"
 
 
+def test_in_bfloat16_masters_stay_float32_and_losses_near_those_of_float32(world, tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run = tmp_path / dtype
+        assert train.main(world.flags(run, **JOINT, **NO_END, training__compute_dtype=dtype, training__detach_states="false")) == 0
+        losses[dtype] = torch.tensor([[*report["loss"], report["base_loss"]] for report in tiny.learned(run)])
+        assert {tensor.dtype for tensor in read_tensors(tiny.checkpoint(run, STEPS)).values()} == {torch.float32}
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.02, atol=0)
+    assert not torch.equal(losses["bfloat16"], losses["float32"])
+
+
 def of_base(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Its weights, and its optimizer's state."""
     tensors = read_tensors(tiny.checkpoint(run, step))

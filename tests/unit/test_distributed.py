@@ -130,13 +130,17 @@ class Scaled(nn.Module):
         return (self.linear(hidden).float().sum(1) * weights).sum()
 
 
-def test_bfloat16_has_float32_masters_and_adds_micro_batches_in_float32(world):
+@pytest.mark.parametrize("hold", ["fsdp", "cast on use"])
+def test_bfloat16_has_float32_masters_and_adds_micro_batches_in_float32(world, hold):
     torch.manual_seed(0)
     plain = Scaled()
-    sharded = Scaled()
-    sharded.load_state_dict(plain.state_dict())
-    fsdp.shard_trained(sharded, [], world.mesh, torch.bfloat16)
-    assert all(parameter.dtype == torch.float32 for parameter in sharded.parameters())
+    held = Scaled()
+    held.load_state_dict(plain.state_dict())
+    if hold == "fsdp":
+        fsdp.shard_trained(held, [], world.mesh, torch.bfloat16)
+    else:
+        fsdp.hold_trained(held, CPU, torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in held.parameters())
     plain.linear.to(torch.bfloat16)
 
     micro_batches = [(torch.randn(4, 9).bfloat16(), torch.tensor([1001.0, 1.0, 0.5, 3.0])) for _ in range(3)]
@@ -147,12 +151,42 @@ def test_bfloat16_has_float32_masters_and_adds_micro_batches_in_float32(world):
         loss.backward()
         for name, parameter in plain.named_parameters():
             expected[name] += parameter.grad.float()
-        fsdp.set_gradient_sync([sharded], enabled=i == 2)
-        sharded_loss = sharded(hidden, weights)
-        assert torch.equal(sharded_loss, loss)
-        sharded_loss.backward()
-    for name, parameter in sharded.named_parameters():
-        assert parameter.grad.dtype == torch.float32 and torch.equal(parameter.grad.full_tensor(), expected[name])
+        fsdp.set_gradient_sync([held], enabled=i == 2)
+        held_loss = held(hidden, weights)
+        assert torch.equal(held_loss, loss)
+        held_loss.backward()
+    assert list(held.state_dict()) == list(plain.state_dict())
+    for name, parameter in held.named_parameters():
+        gradient = parameter.grad.full_tensor() if hold == "fsdp" else parameter.grad
+        assert parameter.dtype == gradient.dtype == torch.float32 and torch.equal(gradient, expected[name])
+
+
+def test_an_embedding_is_cast_after_the_lookup_and_a_tied_weight_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 5)
+            self.first, self.second = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, tokens):
+            assert self.embedding.weight.dtype == torch.float32 and self.first.weight is self.second.weight
+            if tokens.numel() == 0:
+                raise ValueError("no tokens")
+            return self.second(self.first(self.embedding(tokens)))
+
+    module = Tied()
+    fsdp.hold_trained(module, CPU, torch.bfloat16)
+    tokens = torch.tensor([1, 6, 1])
+    out = module(tokens)
+    weight = module.first.weight.bfloat16()
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, module.embedding.weight.bfloat16()[tokens] @ weight.T @ weight.T)
+    out.sum().backward()
+    assert module.embedding.weight.grad.dtype == torch.float32 and module.embedding.weight.grad[2:6].eq(0).all()
+    with pytest.raises(ValueError):  # parameters are themselves again also after a failure
+        module(torch.tensor([], dtype=torch.int64))
+    assert isinstance(module.first.weight, nn.Parameter) and module.first.weight.dtype == torch.float32
 
 
 def test_a_frozen_base_of_one_process_is_held_in_the_compute_dtype():

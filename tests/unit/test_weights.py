@@ -82,6 +82,20 @@ def test_dtypes_are_converted_both_ways(stored, tmp_path):
     assert torch.equal(model.readout.norm.weight, rounded["model.norm.weight"].double())
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_a_head_that_nobody_asks_for_is_not_read(family, tmp_path):
+    save_oracle(family, tmp_path)
+    whole = get_model("embedllama", "auto", tmp_path)
+    model = get_model("embedllama", "auto", tmp_path, device="meta")
+    model.readout.drop_head()
+    model.to_empty(device="cpu")
+    load_hf(model, tmp_path)
+    missing = {name for name, _ in whole.named_parameters()} - {name for name, _ in model.named_parameters()}
+    assert missing == (set() if whole.readout.tied else {"readout.head.weight"})
+    tokens = random_tokens(2, 7)
+    assert torch.equal(model(tokens).final, whole(tokens).final)
+
+
 def test_an_existing_folder_keeps_other_files_and_loses_old_weights(stored, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
