@@ -30,7 +30,10 @@ class Job:
 @dataclass
 class Base:
     arch: str = key(
-        "auto", "architecture of the base model; auto: by config.json's model_type", choices=("auto", "embedllama", "embedmixtral")
+        "auto",
+        "architecture of the base model; auto: by config.json's model_type. embedllama: Llama, Qwen2, Qwen3, Mistral; embedmixtral: Mixtral; "
+        "embedgptbigcode: StarCoder, Granite code 20b and 34b",
+        choices=("auto", "embedllama", "embedmixtral", "embedgptbigcode"),
     )
     variant: str = key("auto", "a registered variant (7b, 8b, 70b, ...); auto reads config.json in base.path")
     path: str = key(

@@ -3,11 +3,16 @@
 import torch
 
 from spectitan.models.decoder import Decoder, DecoderConfig
+from spectitan.models.gpt_bigcode import EmbedGPTBigCode, GPTBigCodeConfig
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.mixtral import EmbedMixtral, MixtralConfig
 
-ARCHITECTURES: dict[str, type[Decoder]] = {"embedllama": EmbedLLaMA, "embedmixtral": EmbedMixtral}
-_ARCH_OF = {LlamaConfig: "embedllama", MixtralConfig: "embedmixtral"}
+ARCHITECTURES: dict[str, type[Decoder]] = {
+    "embedllama": EmbedLLaMA,
+    "embedmixtral": EmbedMixtral,
+    "embedgptbigcode": EmbedGPTBigCode,
+}
+_ARCH_OF = {LlamaConfig: "embedllama", MixtralConfig: "embedmixtral", GPTBigCodeConfig: "embedgptbigcode"}
 
 
 def arch_of(config: DecoderConfig) -> str:

@@ -1,10 +1,12 @@
 """config.json in Hugging Face layout, read into and written from the configs of our bases."""
 
+import json
 import math
 from pathlib import Path
 
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.decoder import DecoderConfig
+from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.layers import RopeScaling
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.mixtral import MixtralConfig
@@ -15,6 +17,7 @@ HF_CLASSES = {  # by model_type
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "gpt_bigcode": "GPTBigCodeForCausalLM",
 }
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -30,7 +33,7 @@ def read_config(folder: Path) -> DecoderConfig:
     keys.must(model_type in HF_CLASSES, "model_type", f"allowed: {', '.join(HF_CLASSES)}")
     unquantised = keys.get("quantization_config") is None
     keys.must(unquantised, "quantization_config", "quantised weights cannot be read; use the float weights")
-    return _read_llama(keys, model_type)
+    return _read_gpt_bigcode(keys) if model_type == "gpt_bigcode" else _read_llama(keys, model_type)
 
 
 def hf_class(folder: Path) -> str:
@@ -81,6 +84,30 @@ def _read_llama(keys: ConfigFile, model_type: str) -> LlamaConfig:
     )
 
 
+def _read_gpt_bigcode(keys: ConfigFile) -> GPTBigCodeConfig:
+    """Keys whose absence means what transformers takes for granted: tied, multi-query, scaled."""
+    for name, value in (("multi_query", True), ("scale_attn_weights", True), ("add_cross_attention", False)):
+        keys.must(keys.get(name, value) is value, name, f"allowed: {json.dumps(value)}")
+    activation = "gelu_pytorch_tanh"
+    keys.must(keys.get("activation_function", activation) == activation, "activation_function", f"allowed: {activation}")
+    hidden_size, num_heads = keys.count("n_embd"), keys.count("n_head")
+    keys.must(hidden_size % num_heads == 0, "n_head", f"it must divide n_embd = {hidden_size}")
+    bos, eos = _read_special_tokens(keys)
+    return GPTBigCodeConfig(
+        vocab_size=keys.count("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=keys.count("n_layer"),
+        num_heads=num_heads,
+        intermediate_size=keys.count("n_inner", 4 * hidden_size),
+        max_position_embeddings=keys.count("n_positions"),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+        tie_embeddings=keys.get("tie_word_embeddings") is None or keys.flag("tie_word_embeddings"),
+        initializer_range=keys.number("initializer_range", 0.02),
+        bos_token_id=bos,
+        eos_token_id=eos,
+    )
+
+
 def _read_experts(keys: ConfigFile) -> dict[str, int]:
     num_experts, chosen = keys.count("num_local_experts"), keys.count("num_experts_per_tok")
     keys.must(chosen <= num_experts, "num_experts_per_tok", f"at most num_local_experts = {num_experts}")
@@ -102,13 +129,30 @@ def config_to_json(config: DecoderConfig, dtype_name: str) -> dict:
         "architectures": [HF_CLASSES[config.model_type]],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
-        **_llama_to_json(config),
+        **(_gpt_bigcode_to_json(config) if isinstance(config, GPTBigCodeConfig) else _llama_to_json(config)),
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "use_cache": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
         "torch_dtype": dtype_name,
+    }
+
+
+def _gpt_bigcode_to_json(config: GPTBigCodeConfig) -> dict:
+    return {
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_position_embeddings,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": "gelu_pytorch_tanh",
+        "multi_query": True,
+        "scale_attn_weights": True,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
     }
 
 

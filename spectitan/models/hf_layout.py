@@ -59,12 +59,12 @@ class HFLayout:
 
     def stored_tensors(self, model: Decoder) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor, made of the parameters, which are gathered one at a time. Every rank calls it."""
-        parts: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             full = parameter.detach()
             full = full.full_tensor() if isinstance(full, DTensor) else full
             for stored, _, index in self.pieces[name]:
-                parts.append(full if index is None else full[index])
-                if sum(len(part) for part in parts) == self.shapes[stored][0]:
-                    yield stored, parts[0] if len(parts) == 1 else torch.cat(parts)
-                    parts = []
+                parts.setdefault(stored, []).append(full if index is None else full[index])
+                if sum(map(len, parts[stored])) == self.shapes[stored][0]:
+                    whole = parts.pop(stored)
+                    yield stored, whole[0] if len(whole) == 1 else torch.cat(whole)

@@ -9,6 +9,7 @@ from torch import nn
 from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import ARCHITECTURES, arch_of, build_on_meta
+from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.hf_config import read_config
 from spectitan.models.layers import RopeScaling
 from spectitan.models.llama import LlamaConfig
@@ -39,6 +40,9 @@ _QWEN_2 = dict(**_QWEN, model_type="qwen2", qkv_bias=True, max_position_embeddin
 _QWEN_3 = dict(**_QWEN, model_type="qwen3", qk_norm=True, head_dim=128, max_position_embeddings=40960, eos_token_id=151645)
 
 _MIXTRAL = {"vocab_size": 32000, "num_kv_heads": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+_CODE = {"vocab_size": 49152, "bos_token_id": 0, "eos_token_id": 0}  # StarCoder and Granite
+_20B = {"hidden_size": 6144, "num_heads": 48}
 
 _VARIANTS: dict[str, dict[str, DecoderConfig]] = {
     "embedllama": {
@@ -79,6 +83,14 @@ _VARIANTS: dict[str, dict[str, DecoderConfig]] = {
             **_MIXTRAL, hidden_size=6144, intermediate_size=16384, num_layers=56, num_heads=48, max_position_embeddings=65536
         ),
     },
+    "embedgptbigcode": {
+        "starcoder-1b": GPTBigCodeConfig(**_CODE, hidden_size=2048, num_layers=24, num_heads=16),
+        "starcoder-3b": GPTBigCodeConfig(**_CODE, hidden_size=2816, num_layers=36, num_heads=22),
+        "starcoder-7b": GPTBigCodeConfig(**_CODE, hidden_size=4096, num_layers=42, num_heads=32),
+        "starcoder": GPTBigCodeConfig(**_CODE, **_20B, num_layers=40),
+        "20b": GPTBigCodeConfig(**_CODE, **_20B, num_layers=52),  # Granite's
+        "34b": GPTBigCodeConfig(**_CODE, **_20B, num_layers=88),
+    },
 }
 
 
@@ -100,7 +112,7 @@ def get_model(
     """A base model with its weights.
 
     Args:
-        arch: embedllama, embedmixtral, or auto: as config.json in `path`, or the variant, says.
+        arch: embedllama, embedmixtral, embedgptbigcode, or auto: as config.json in `path`, or the variant, says.
         variant: a registered size, or "auto": config.json in `path` says it.
         path: folder in Hugging Face layout, or spectitan:NAME.
         init: "pretrained" reads the weights in `path`; "random" draws them.

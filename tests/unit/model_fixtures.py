@@ -57,6 +57,12 @@ FAMILIES = {
         transformers.MixtralForCausalLM,
         {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5},
     ),
+    "gpt_bigcode": (transformers.GPTBigCodeConfig, transformers.GPTBigCodeForCausalLM, {}),
+    "gpt_bigcode-untied": (
+        transformers.GPTBigCodeConfig,
+        transformers.GPTBigCodeForCausalLM,
+        {"tie_word_embeddings": False, "n_inner": 40, "num_attention_heads": 8},
+    ),
 }
 
 
@@ -67,7 +73,7 @@ def oracle(family: str) -> nn.Module:
         torch.manual_seed(len(family))
         model = model_class(config_class(**{**_SMALL, **options})).eval()
         for name, parameter in model.named_parameters():
-            parameter.data.normal_(float("norm" in name), 0.25)
+            parameter.data.normal_(float("norm" in name or "ln_" in name), 0.25)
     return model.requires_grad_(False)
 
 

@@ -25,6 +25,10 @@ def pair(request, tmp_path_factory):
     return get_model("auto", "auto", folder).requires_grad_(False), theirs
 
 
+def final_norm(theirs: torch.nn.Module) -> torch.nn.Module:
+    return theirs.transformer.ln_f if hasattr(theirs, "transformer") else theirs.model.norm
+
+
 def build(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> EmbedLLaMA:
     """A model whose attention is far from uniform."""
     config = LlamaConfig(**{**vars(CONFIG), "initializer_range": 0.3, **options})
@@ -58,7 +62,7 @@ def test_taps_are_the_states_entering_each_layer(pair):
     ours, theirs = pair
     tokens = random_tokens(2, 9)
     before_norm = []
-    handle = theirs.model.norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
+    handle = final_norm(theirs).register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
     expected = theirs(tokens, output_hidden_states=True).hidden_states
     handle.remove()
     states = ours(tokens, taps=(0, 2, 3))

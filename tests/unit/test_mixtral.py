@@ -144,6 +144,20 @@ def test_checkpoints_hold_an_expert_a_tensor(tmp_path):
         get_model("auto", "auto", tmp_path)
 
 
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(1, 5), slice(4, 4)])
+def test_a_rank_reads_its_experts_alone(tmp_path, rows):
+    save_oracle("mixtral", tmp_path)
+    stored, ours = load_file(tmp_path / "model.safetensors"), get_model("auto", "auto", tmp_path)
+    name = "layers.2.mlp.experts.down_proj.weight"
+    full = ours.get_parameter(name).detach()
+    place = (rows, slice(3, 9), slice(0, 40))
+    local, read = torch.zeros_like(full[place]), []
+    for key, where, part in HFLayout(ours).parts(name, local, place):
+        read.append(int(re.search(r"experts\.(\d)\.w2", key)[1]))
+        part.copy_(stored[key][where])
+    assert torch.equal(local, full[place]) and read == list(range(rows.start, rows.stop))
+
+
 def test_configs_and_archs_that_are_refused(tmp_path):
     save_oracle("mixtral", tmp_path)
     with pytest.raises(UserError, match="base.arch = 'embedllama': config.json in .* is of embedmixtral; allowed there: that, or auto$"):
