@@ -1,7 +1,7 @@
 """Measures a speculator, or a base alone: acceptance by drafting and verifying, speed, held-out loss. Writes report.json.
 
-    python -m spectitan.evaluate --job.config_file train_configs/quickstart.toml
-    python -m spectitan.evaluate --base.path BASE --speculator.path FOLDER_OR_CHECKPOINT
+python -m spectitan.evaluate --job.config_file train_configs/quickstart.toml
+python -m spectitan.evaluate --base.path BASE --speculator.path FOLDER_OR_CHECKPOINT
 """
 
 import sys

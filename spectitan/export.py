@@ -1,7 +1,7 @@
 """Writes what was trained as a folder for servers (a speculator) or for Hugging Face transformers (a base).
 
-    python -m spectitan.export --job.config_file train_configs/quickstart.toml
-    python -m spectitan.export --base.path BASE --speculator.path CHECKPOINT_OR_FOLDER --export.path OUT
+python -m spectitan.export --job.config_file train_configs/quickstart.toml
+python -m spectitan.export --base.path BASE --speculator.path CHECKPOINT_OR_FOLDER --export.path OUT
 """
 
 import sys

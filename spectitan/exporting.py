@@ -41,11 +41,11 @@ def export_run(config: Config) -> None:
     target, format = export_folder(config), config.export.format
     has_speculator, has_base = trained.keys.get("speculator.type") != "none", not trained.keys.get("base.freeze", True)
     if format == "none":
-        raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, arctic, verl, hf')
+        raise UserError('export.format = "none": nothing to export; allowed: auto, mlp_speculator, arctic, verl, speculators, hf')
     if format == "hf" or format == "auto" and not has_speculator:
         if not has_base:
             raise UserError(
-                f'export.format = "hf" writes a trained base, and {trained.path} holds none; allowed: auto, mlp_speculator, arctic, verl'
+                f'export.format = "hf" writes a trained base, and {trained.path} holds none; allowed: auto, mlp_speculator, arctic, verl, speculators'
             )
         _export_base(config, trained, target)
         return
@@ -60,7 +60,8 @@ def export_run(config: Config) -> None:
     format, base_name = choose_format(speculator, format), config.export.base_name
     if has_base:  # not the one at base.path any more
         base_name = base_name or base_target.name
-    write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path))
+    readout = load_base(config, torch.float32)[0].readout if speculator.borrowed else None
+    write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path), readout)
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
     served = str(base_target) if written_base and not config.export.base_name else name_of_base(base_path, base_name)
     print("\n".join(serve_notes(format, str(target), served, speculator.steps)))

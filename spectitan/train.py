@@ -30,6 +30,7 @@ from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute
 from spectitan.distributed.mesh import Distributed, init_distributed
 from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
+from spectitan.exporting import export_run
 from spectitan.finishing import check_export, finish_run, folders_to_write, paths_to_read
 from spectitan.keyed_random import hash_keys
 from spectitan.models.decoder import DecoderConfig
@@ -39,8 +40,8 @@ from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.joint import Joint
-from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
-from spectitan.speculators.serving import choose_format
+from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator, new_speculator
+from spectitan.speculators.serving import choose_format, has_weights
 from spectitan.states.continued import ContinuedStates, prompts_per_sample
 from spectitan.states.online import OnlineStates
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
@@ -129,6 +130,8 @@ class Trainer:
             finished = ", the last: this run is finished" if self.step >= self.total_steps else f" of {self.total_steps}"
             logger.info("resumed from %s at step %d%s", self.checkpoint, self.step, finished)
         run_folder.begin(config.to_toml(), config.checkpoint.resume)
+        if world.rank == 0:
+            self.speculator.write_files(self.folder)
         self.metrics = MetricsLogger(
             config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
         )
@@ -147,6 +150,7 @@ class Trainer:
 
     def _identity(self, base_config: DecoderConfig, base_weights: str) -> dict[str, object]:
         identity = run_identity(self.config, base_config.identity(), base_weights, self.tokenizer.fingerprint)
+        identity |= self.speculator.identity()
         identity["base.arch"] = arch_of(base_config)
         prompts = self.global_batch_size * self.prompts_per_sample
         return identity | {"training.global_batch_size": self.global_batch_size, "stage2.batch_size": prompts}
@@ -159,10 +163,13 @@ class Trainer:
             config.adopt_speculator(*family_keys(trained), source=str(trained.path))
             if not self.checkpoint:
                 check_base(config, trained, base_weights)
+                if not trained.keys and not has_weights(trained.path):
+                    logger.info("%s has no weights: a new speculator of the shape in its config.json", trained.path)
+                    return new_speculator(config.speculator.type, config.speculator, base_config, config.objective)
                 logger.info("starting from the speculator in %s, with a new optimizer", trained.path)
                 self.fine_tunes = True
-                return read_speculator(trained, base_config, config.objective)
-        return build_speculator(config.speculator.type, config.speculator, base_config, config.objective)
+                return read_speculator(trained, base_config, config.objective, config.speculator)
+        return new_speculator(config.speculator.type, config.speculator, base_config, config.objective)
 
     def _build_model(self) -> None:
         config = self.config
@@ -318,6 +325,12 @@ class Trainer:
         measurable = bool(self.prompts or self.validation)
         utils.on_main(lambda: finish_run(self._config_of_last_checkpoint(), self.checkpoint, self.step, measurable))
 
+    def export_untrained(self) -> None:
+        """`job.init_only`: the run's first checkpoint, of step 0, and its export."""
+        if self.checkpoint is None:
+            self._save()
+        utils.on_main(lambda: export_run(self._config_of_last_checkpoint()))
+
     def _config_of_last_checkpoint(self) -> Config:
         config = copy.deepcopy(self.config)
         config.speculator.path = str(self.checkpoint)
@@ -341,6 +354,9 @@ def train(config: Config, stop: StopSignal) -> None:
         with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
             trainer = Trainer(config, world, run_folder)
             with contextlib.closing(trainer.metrics):
+                if config.job.init_only:
+                    trainer.export_untrained()
+                    return
                 trainer.train(stop)
             trainer.finish()
     finally:

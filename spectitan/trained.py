@@ -155,20 +155,22 @@ def load_speculator_for(config: Config, base: nn.Module) -> Speculator | None:
     return speculator.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
-def read_speculator(trained: Trained, base_config: DecoderConfig, objective: Objective | None = None) -> Speculator | None:
+def read_speculator(trained: Trained, base_config: DecoderConfig, objective: Objective | None = None, config=None) -> Speculator | None:
     """The speculator of a folder or checkpoint, in float32 on the CPU; None if the run trained a base alone.
 
     Args:
         objective: what it is to be measured or trained with; None: that of the checkpoint's run, the default for a folder.
+        config: the family's keys, if they differ from its own in what concerns training alone.
     """
     if not trained.keys:
-        return load_speculator(trained.path, base_config, objective or Objective())
+        return load_speculator(trained.path, base_config, objective or Objective(), config)
     type = trained.keys["speculator.type"]
     if type == "none":
         return None
-    config = trained.section("speculator", SPECULATORS[type][0])
+    config = config or trained.section("speculator", SPECULATORS[type][0])
     speculator = build_speculator(type, config, base_config, objective or trained.section("objective", Objective))
     _fill(speculator, read_tensors(trained.path, "speculator."), trained.path)
+    speculator.check()
     return speculator
 
 

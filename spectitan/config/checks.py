@@ -43,6 +43,7 @@ def check_combinations(config: Config, program: str) -> None:
     _require(name in ("", Path(name).name) and name != "..", f"job.run_name = {name!r}; allowed: a name without /")
     _check_data(config)
     _check_tree(config)
+    _check_draft_config(config)
     if program in ("train", "prepare"):
         _require(config.data.path, f"data.path is missing: {program} needs a file or folder of text, or python:stdlib")
         _require(config.base.path, f"base.path is missing: {program} needs a folder with config.json and tokenizer, or spectitan:NAME")
@@ -131,6 +132,20 @@ def _check_what_is_trained(config: Config) -> None:
         coefficient, detach = training.speculator_loss_coeff, training.detach_states
         _require(coefficient == 1, f"training.speculator_loss_coeff = {coefficient:g}; allowed: 1, or {only}")
         _require(detach, f"training.detach_states = false; allowed: true, or {only}")
+
+
+def _check_draft_config(config: Config) -> None:
+    draft_config = getattr(config.speculator, "draft_config", "")
+    if not draft_config or draft_config.startswith("{"):  # the latter is what a file said, beside the keys that it decides
+        return
+    decided = ("num_layers", "draft_arch", "draft_hidden_act", "sliding_window", "sliding_window_indices")
+    for label in (f"speculator.{name}" for name in decided):
+        _require(
+            label not in config.given,
+            f"speculator.draft_config = {draft_config!r} and {label}, which that file decides; allowed: one of them",
+        )
+    path = config.speculator.path
+    _require(not path, f"speculator.draft_config and speculator.path = {path!r}, which has a decoder already; allowed: one of them")
 
 
 def _check_schedule(config: Config) -> None:

@@ -55,17 +55,20 @@ class Config:
             source: where it was found, for the message.
 
         Raises:
-            UserError: a key was given another value. -1, "work it out", agrees with all.
+            UserError: a key was given another value. -1, "work it out", agrees with all, and what concerns training alone
+                (the family's `of_training`) is taken as given.
         """
+        of_training = getattr(family_config, "of_training", ()) if type == self.speculator.type else ()
         for label in sorted(self.given):
             table, _, name = label.partition(".")
-            if table != "speculator" or name == "path":
+            if table != "speculator" or name == "path" or name in of_training:
                 continue
             given, theirs = getattr(self.speculator, name), type if name == "type" else getattr(family_config, name, None)
             if given != -1 and str(given) != str(theirs):
                 found = "no such key" if theirs is None else toml_value(theirs)
                 raise UserError(f"{label} = {toml_value(given)}; {source} has {found}: leave {label} out, or start from another speculator")
         values = dataclasses.asdict(family_config)
+        values |= {name: getattr(self.speculator, name) for name in of_training if f"speculator.{name}" in self.given}
         self.speculator = _merged(family_config.__class__)(**values, type=type, path=self.speculator.path)
 
     def to_toml(self) -> str:
@@ -131,7 +134,7 @@ def _merged(family_config: type) -> type:
 
 
 def _split_flags(argv: list[str]) -> dict[str, str | None]:
-    """"--section.key value" and "--section.key=value" as {section.key: text}; None where no value follows. The last one counts."""
+    """ "--section.key value" and "--section.key=value" as {section.key: text}; None where no value follows. The last one counts."""
     flags: dict[str, str | None] = {}
     remaining = list(argv)
     while remaining:

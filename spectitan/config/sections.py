@@ -24,6 +24,7 @@ class Job:
     seed: int = key(42, "seed of initialisation, sample order and sampling", minimum=0)
     deterministic: bool = key(False, "use deterministic kernels only: the same run gives the same bits")
     threads: int = key(-1, "CPU threads of this process; -1 leaves PyTorch's choice", minimum=-1)
+    init_only: bool = key(False, "build the speculator, initialise and export it, and stop before training")
     traceback: bool = key(False, "show the traceback of a user's mistake as well")
 
 
@@ -235,9 +236,9 @@ class Eval:
 class Export:
     format: str = key(
         "auto",
-        "mlp_speculator: IBM's layout; arctic: ArcticInference's; verl: VERL's checkpoints; auto: of these the first that holds the "
+        "mlp_speculator: IBM's layout; arctic: ArcticInference's; verl: VERL's checkpoints; speculators: vLLM's; auto: of these the first that holds the "
         "speculator (a base alone: hf; one trained with its speculator: hf, in <export.path>_base); hf: the base in Hugging Face layout; none",
-        choices=("auto", "mlp_speculator", "arctic", "verl", "hf", "none"),
+        choices=("auto", "mlp_speculator", "arctic", "verl", "speculators", "hf", "none"),
     )
     path: str = key("", "folder to write; empty: dump_folder/export")
     base_name: str = key("", "name of the base that the folder carries; empty: _name_or_path of its config, else its folder's name")

@@ -18,9 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPACE = "\u2581"  # what sentencepiece writes for a space
 
 # How Llama 3 cuts text into words, and its 256 special tokens, which follow the ranks in its file.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_NAMED_SPECIALS = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
 LLAMA3_NAMED_SPECIALS |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
 LLAMA3_NUM_SPECIALS = 256

@@ -83,9 +83,7 @@ def measure(
     return report
 
 
-def measure_acceptance(
-    base: nn.Module, speculator: Speculator, prompts: Prompts, config: Eval, *, eos_id: EosId, seed: int = 0
-) -> dict:
+def measure_acceptance(base: nn.Module, speculator: Speculator, prompts: Prompts, config: Eval, *, eos_id: EosId, seed: int = 0) -> dict:
     """Acceptance of the chain alone, as training reports it between steps. Arguments, errors and result: see `measure`."""
     _, chain, *_ = decoders(base, speculator, config, eos_id, seed)
     _, accepted = decode_all(chain, select_prompts(prompts, config, base.config), config.batch_size)
@@ -139,7 +137,9 @@ def decoders(base: nn.Module, speculator: Speculator, config: Eval, eos_id: EosI
     settings = {"max_new_tokens": config.max_new_tokens, "sampling": Sampling(config.temperature, seed=seed), "eos_id": eos_id}
     chain = partial(generate_speculative, base, speculator, num_draft_tokens=draft_length(speculator, config), **settings)
     tree = tree_settings(speculator, config, base.config.vocab_size)
-    return [partial(generate_plain, base, **settings), chain] + ([partial(generate_tree, base, speculator, **tree, **settings)] if tree else [])
+    return [partial(generate_plain, base, **settings), chain] + (
+        [partial(generate_tree, base, speculator, **tree, **settings)] if tree else []
+    )
 
 
 def decode_all(decode: Decoder, prompts: Prompts, batch_size: int) -> tuple[list[list[int]], list[list[int]]]:

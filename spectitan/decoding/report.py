@@ -68,7 +68,7 @@ def acceptance_picture(report: dict) -> str:
         f'<rect width="{width}" height="{height}" fill="{_SURFACE}"/>',
         f'<text x="{left}" y="28" font-size="15" font-weight="600">Acceptance by position</text>',
         f'<text x="{left}" y="48" fill="{_MUTED}">acceptance length {report["acceptance_length"]:.2f} tokens a round, '
-        f'{report["rounds"]:,} rounds, {report["sequences"]} prompts</text>',
+        f"{report['rounds']:,} rounds, {report['sequences']} prompts</text>",
     ]
     for percent in range(0, 101, 25):
         y = top + plot * (1 - percent / 100)

@@ -1,5 +1,6 @@
 """A folder's config.json, its values checked one by one as they are read."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -21,19 +22,41 @@ class ConfigFile:
     """
 
     def __init__(self, folder: Path, holds: str):
-        self.file = folder / "config.json"
+        self.file: Path | str = folder / "config.json"
+        self.place = ""  # of the object in the file
         try:
-            self.content = json.loads(self.file.read_text(encoding="utf-8"))
+            self._parse(self.file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.file}: no such file; {holds}") from None
-        except (ValueError, RecursionError) as error:  # undecodable, or no JSON
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.file}: not JSON: {error}") from None
+
+    @classmethod
+    def of_text(cls, source: Path | str, text: str) -> "ConfigFile":
+        """The JSON object of a text; `source` says in messages where it stands."""
+        self = cls.__new__(cls)
+        self.file, self.place = source, ""
+        self._parse(text)
+        return self
+
+    def _parse(self, text: str) -> None:
+        try:
+            self.content = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.file}: not JSON: {error}") from None
         if not isinstance(self.content, dict):
             raise UserError(f"{self.file}: a JSON object is expected, found {type(self.content).__name__}")
 
+    def inside(self, name: str) -> "ConfigFile":
+        """An object in it."""
+        self.must(isinstance(self.content.get(name), dict), name, "an object is expected")
+        inner = copy.copy(self)
+        inner.content, inner.place = self.content[name], f"{self.place}{name}."
+        return inner
+
     def must(self, condition: bool, name: str, allowed: str) -> None:
         if not condition:
-            raise UserError(f"{self.file}: {name} = {json.dumps(self.content.get(name))}: {allowed}")
+            raise UserError(f"{self.file}: {self.place}{name} = {json.dumps(self.content.get(name))}: {allowed}")
 
     def get(self, name: str, default=None):
         """A value as it stands, unchecked; null is null."""
@@ -44,7 +67,7 @@ class ConfigFile:
         value = self.content.get(name)
         value = default if value is None else value
         if value is None:
-            raise UserError(f"{self.file}: {name} is missing")
+            raise UserError(f"{self.file}: {self.place}{name} is missing")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:

@@ -53,7 +53,7 @@ def _read_llama(keys: ConfigFile, model_type: str) -> LlamaConfig:
     num_kv_heads = keys.count("num_key_value_heads", num_heads if model_type == "llama" else None)
     keys.must(num_heads % num_kv_heads == 0, "num_key_value_heads", f"it must divide num_attention_heads = {num_heads}")
     attention_bias = model_type in ("llama", "qwen3") and keys.flag("attention_bias")
-    rope_theta, rope_scaling = _read_rope(keys, 1e6 if model_type == "mixtral" else 1e4)
+    rope_theta, rope_scaling = read_rope(keys, 1e6 if model_type == "mixtral" else 1e4)
     bos, eos = _read_special_tokens(keys)
     family, options = LlamaConfig, {}
     if model_type == "mixtral":
@@ -190,7 +190,7 @@ def _llama_to_json(config: LlamaConfig) -> dict:
     return content
 
 
-def _read_rope(keys: ConfigFile, default_theta: float) -> tuple[float, RopeScaling | None]:
+def read_rope(keys: ConfigFile, default_theta: float = 1e4) -> tuple[float, RopeScaling | None]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older ones."""
     name = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
     rope = keys.get(name) or {}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from spectitan.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "BOOL": 1}
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 

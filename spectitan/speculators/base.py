@@ -1,11 +1,13 @@
 """What every drafter is: the interface of trainer, decoder and export, and the one alignment of targets."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectitan.config.sections import Objective
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.kv_cache import KVCache
 from spectitan.models.readout import Readout
@@ -99,6 +101,26 @@ class Speculator(nn.Module):
     drafts_trees: bool = False  # has draft_tree
     metrics: tuple[str, ...] = ("loss", "accuracy", "alpha", "full_accuracy")  # columns of Loss.sums; the first four are fixed
     formats: tuple[str, ...] = ()  # of export.format, that can hold it; auto is the first that holds all of it
+    borrowed: tuple[str, ...] = ()  # tensors of its folders that may be the base's own: see base_tensors
+
+    @classmethod
+    def new(cls, config, base_config, objective: Objective) -> "Speculator":
+        """One that is not read from anywhere: reads the files that its keys name, and replaces such keys by what stands there.
+
+        Raises:
+            UserError: keys that do not go together, or files that cannot be read.
+        """
+        return cls(config, base_config, objective)
+
+    def identity(self) -> dict[str, object]:
+        """`speculator.key` -> value of what its function depends on beside its keys and parameters."""
+        return {}
+
+    def check(self) -> None:
+        """Raises UserError if tensors that were read contradict each other."""
+
+    def write_files(self, folder: Path) -> None:
+        """Writes into a run's folder what other programs read beside the weights."""
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draws every parameter in full from one generator, in a fixed order: all layouts start from the same numbers."""
@@ -179,6 +201,10 @@ class Speculator(nn.Module):
             UserError: the format cannot hold this one, naming the key that is in the way.
         """
         raise NotImplementedError
+
+    def base_tensors(self, readout: Readout) -> dict[str, Tensor]:
+        """Tensors of a folder that are the base's own, by name: written for servers, and not read back."""
+        return {}
 
     @staticmethod
     def config_from_folder(file: ConfigFile, format: str) -> tuple[object, int, int]:

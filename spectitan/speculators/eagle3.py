@@ -1,20 +1,25 @@
 """EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840): a decoder of a few layers over hidden states of the base, trained on its own outputs."""
 
+import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
+from spectitan.models.config_file import ConfigFile
 from spectitan.models.kv_cache import KVCache, Slots
 from spectitan.models.layers import Linear, Rotation, assign, draw_normal, positions_in_documents, rope_frequencies, whole
 from spectitan.models.readout import Readout
 from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index, right_before
-from spectitan.speculators.draft_decoder import DraftLayer, decoder_of
-from spectitan.speculators.draft_vocabulary import maps_of
+from spectitan.speculators.draft_decoder import DraftLayer, adopt_decoder, decoder_of, decoder_to_json, settle_draft_config
+from spectitan.speculators.draft_vocabulary import check_maps, maps_of, read_vocabulary, write_maps
+from spectitan.speculators.speculators_folders import read_speculative_tokens, speculators_config
 from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, cached_bias, document_spans
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
@@ -46,6 +51,24 @@ class Eagle3Config:
         "auto", "in training. flex: FlexAttention (GPU); sdpa: by document (CPU); eager: by document, written out", choices=BACKENDS
     )
     draft_vocab_size: int = key(-1, "tokens that it can draft, the most frequent ones; -1: all", minimum=-1)
+    token_freq_path: str = key("", "file of token counts that say which are the most frequent: token_freq.pt")
+    d2t_path: str = key("", "instead of counts, the draft vocabulary itself: d2t.npy, with speculator.t2d_path")
+    t2d_path: str = key("", "t2d.npy, with speculator.d2t_path")
+    draft_config: str = key(
+        "",
+        "shape of the decoder, instead of the base's: JSON file of a LlamaConfig or Qwen3Config, a folder with config.json, or of a "
+        "whole speculator; hidden_size must be the base's",
+    )
+
+    of_training: ClassVar[tuple[str, ...]] = (
+        "ttt_steps",
+        "ttt_step_loss_decay",
+        "ttt_tokens",
+        "attention",
+        "token_freq_path",
+        "d2t_path",
+        "t2d_path",
+    )
 
 
 class Eagle3Speculator(Speculator):
@@ -65,6 +88,8 @@ class Eagle3Speculator(Speculator):
         t2d: bool [vocab_size], whether a token can be drafted; likewise.
     """
 
+    formats = ("speculators",)
+    borrowed = ("embed_tokens.weight", "lm_head.weight")
     metrics = ("loss", "accuracy", "alpha", "full_accuracy", "reached", "outside_vocabulary")
 
     def __init__(self, config: Eagle3Config, base_config, objective: Objective):
@@ -97,6 +122,30 @@ class Eagle3Speculator(Speculator):
             self.register_buffer("d2t", torch.zeros(self.draft_vocab_size, dtype=torch.int64))
             self.register_buffer("t2d", torch.zeros(self.vocab_size, dtype=torch.bool))
         self._frequencies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def new(cls, config: Eagle3Config, base_config, objective: Objective) -> "Eagle3Speculator":
+        settle_draft_config(config)
+        maps = read_vocabulary(config, base_config.vocab_size)
+        speculator = cls(config, base_config, objective)
+        if maps is not None:
+            speculator.d2t.copy_(maps[0])
+            speculator.t2d.copy_(maps[1])
+        return speculator
+
+    def identity(self) -> dict[str, object]:
+        """A hash of the draft vocabulary."""
+        if not self.reduced:
+            return {}
+        return {"speculator.d2t": hashlib.sha256(self.d2t.cpu().numpy().tobytes()).hexdigest()}
+
+    def check(self) -> None:
+        if self.reduced:
+            check_maps(self.d2t.cpu(), self.t2d.cpu(), "draft vocabulary")
+
+    def write_files(self, folder: Path) -> None:
+        if self.reduced:
+            write_maps(folder, self.d2t, self.t2d)
 
     def set_vocabulary(self, token_ids: Tensor) -> None:
         """The tokens that it can draft, int64 [draft_vocab_size], ascending."""
@@ -272,6 +321,55 @@ class Eagle3Speculator(Speculator):
         if not self.reduced:
             return logits
         return logits.new_full((len(logits), self.vocab_size), -torch.inf).index_copy_(1, self.draft_ids, logits)
+
+    # ---- folders ----
+
+    def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
+        """Names of tensors are those of speculators; an embedding and a head that are the base's own: see `base_tensors`."""
+        keys = self.config
+        own = {
+            "draft_vocab_size": self.draft_vocab_size,
+            "target_hidden_size": self.hidden_size,
+            "eagle_aux_hidden_state_layer_ids": list(self.taps),
+            "norm_before_residual": keys.norm_before_residual,
+            "norm_before_fc": keys.norm_before_fc,
+            "fc_norm": keys.fc_norm,
+            "norm_output": keys.norm_output,
+            "embed_requires_grad": keys.embed_requires_grad,
+            "train_head": keys.train_head,
+        }
+        decoder = decoder_to_json(self.decoder, _windows(keys))
+        return speculators_config("eagle3", "Eagle3DraftModel", self.steps, decoder, own), self.state_dict()
+
+    def base_tensors(self, readout: Readout) -> dict[str, Tensor]:
+        tensors = {}
+        if not self.config.embed_requires_grad:
+            tensors["embed_tokens.weight"] = readout.embedding.weight.detach()
+        if not self.config.train_head:
+            tensors["lm_head.weight"] = self._rows_of_head(readout)
+        return tensors
+
+    @staticmethod
+    def config_from_folder(file: ConfigFile, format: str) -> tuple[Eagle3Config, int, int]:
+        decoder = file.inside("transformer_layer_config")
+        hidden_size, vocab_size = decoder.count("hidden_size"), decoder.count("vocab_size")
+        draft_vocab_size = file.count("draft_vocab_size", vocab_size, at_most=vocab_size)
+        taps = file.get("eagle_aux_hidden_state_layer_ids")
+        known = isinstance(taps, list) and taps and all(type(tap) is int and tap >= 0 for tap in taps) and taps == sorted(set(taps))
+        file.must(bool(known), "eagle_aux_hidden_state_layer_ids", "a list of different, ascending layer ids is expected")
+        target_hidden_size = file.count("target_hidden_size", hidden_size)
+        file.must(target_hidden_size == hidden_size, "target_hidden_size", f"allowed: transformer_layer_config.hidden_size = {hidden_size}")
+        flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+        config = Eagle3Config(
+            **{name: file.flag(name) for name in flags},
+            # A folder that does not say whether its head is the base's is read with the head that it holds.
+            train_head=file.get("train_head") is None or file.flag("train_head"),
+            target_layer_ids=taps,
+            draft_vocab_size=-1 if draft_vocab_size == vocab_size else draft_vocab_size,
+            ttt_steps=read_speculative_tokens(file, default=Eagle3Config().ttt_steps),
+        )
+        adopt_decoder(config, decoder)
+        return config, hidden_size, vocab_size
 
     # ---- what it costs ----
 

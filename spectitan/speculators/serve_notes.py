@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class _Server(NamedTuple):
-    environment: str  # variables before the command; empty: there is no command
+    environment: str | None  # variables before the command; None: there is no command
     method: str  # of vLLM's --speculative-config; empty: vLLM sees it itself
     takers: list[str]
 
@@ -26,8 +26,17 @@ _SERVERS = {  # by export.format
         "arctic",
         ["vLLM 0.18 with the ArcticInference plugin, by the command above. vLLM without it does not."],
     ),
-    "verl": _Server(
+    "speculators": _Server(
         "",
+        "eagle3",
+        [
+            "vLLM, by the command above.",
+            "The package speculators of the vLLM project, whose layout it is; speculators_config.verifier.name_or_path in config.json must "
+            "be a folder or a name that it finds: --export.base_name.",
+        ],
+    ),
+    "verl": _Server(
+        None,
         "",
         [
             "VERL's speculator training, which keeps its checkpoints so; widths by level only for mlp, and equal ones in emb_dim and proj_dim.",
@@ -43,7 +52,7 @@ def serve_notes(format: str, folder: str, base_name: str, num_draft_tokens: int)
     speculative_config = {"method": method} if method else {}
     speculative_config |= {"model": folder, "num_speculative_tokens": num_draft_tokens}
     command = f"{environment} vllm serve {shlex.quote(base_name)} --speculative-config {shlex.quote(json.dumps(speculative_config))}"
-    lines = [command, ""] if environment else []
+    lines = [] if environment is None else [command.strip(), ""]
     return [
         *lines,
         "What takes it:",
@@ -52,23 +61,24 @@ def serve_notes(format: str, folder: str, base_name: str, num_draft_tokens: int)
     ]
 
 
-def folder_readme(family: str, format: str, config: dict, parameters: int) -> str:
+def folder_readme(family: str, format: str, base_name: str, steps: int, parameters: int) -> str:
     """README.md of a folder.
 
     Args:
         family: speculator.type.
         format: export.format.
-        config: the folder's config.json.
+        base_name: what the folder calls the base.
+        steps: tokens that it drafts in a round.
         parameters: how many it has, each shared one once.
     """
-    base_name, heads = config["base_model_name_or_path"], config["n_predict"]
-    notes = serve_notes(format, ".", base_name, heads)
+    notes = serve_notes(format, ".", base_name, steps)
+    drafts = f"{steps} tokens a round" if format == "speculators" else f"{steps} heads"
     command = [] if notes[0].startswith("What") else ["In this folder:", "", f"    {notes.pop(0)}", notes.pop(0)]
     return "\n".join(
         [
             f"# {family.upper()} speculator for {base_name}",
             "",
-            f"A draft model for speculative decoding: {heads} heads, {parameters:,} parameters, laid out as `{format}`. Written by spectitan.",
+            f"A draft model for speculative decoding: {drafts}, {parameters:,} parameters, laid out as `{format}`. Written by spectitan.",
             "It works with the base model above and no other.",
             "",
             *command,

@@ -21,11 +21,13 @@ from spectitan.files import replace_folder
 from spectitan.hub import name_of_snapshot
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import hf_class
+from spectitan.models.readout import Readout
 from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.pickled_tensors import PICKLE, read_pickled, write_pickled
 from spectitan.speculators.registry import SPECULATORS, type_of
 from spectitan.speculators.serve_notes import folder_readme
+from spectitan.speculators.speculators_folders import name_verifier
 
 # architectures[0] and method in config.json -> speculator.type, and the export.format whose tensor names are its
 _LAYOUTS = {
@@ -34,6 +36,7 @@ _LAYOUTS = {
     ("ArcticLSTMSpeculatorPreTrainedModel", "sum_rnn"): ("mlp", "verl"),
     ("ArcticLSTMSpeculatorPreTrainedModel", "sum_lstm"): ("lstm", "verl"),
 }
+_SPECULATORS = {"eagle3": "eagle3"}  # speculators_model_type in config.json -> speculator.type; the format is "speculators"
 _PREFIX = "speculator."  # of tensor names, in some layouts
 
 
@@ -90,7 +93,13 @@ def name_of_base(base_path: Path, name: str = "") -> str:
 
 
 def write_folder(
-    speculator: Speculator, path: str | Path, format: str, base_path: Path, base_name: str = "", base_fingerprint: str = ""
+    speculator: Speculator,
+    path: str | Path,
+    format: str,
+    base_path: Path,
+    base_name: str = "",
+    base_fingerprint: str = "",
+    readout: Readout | None = None,
 ) -> None:
     """Writes a folder, in float32.
 
@@ -104,16 +113,19 @@ def write_folder(
         base_path: the base's folder; its config.json is read.
         base_name: what the folder calls the base; "": see `name_of_base`.
         base_fingerprint: of the base that it was trained for; "": unknown.
+        readout: of the base; needed where the folder holds some of it (`Speculator.borrowed`).
 
     Raises:
         UserError: the format cannot hold this speculator.
     """
     config, tensors = speculator.serving(format)
-    config |= {
-        "base_model_name_or_path": name_of_base(base_path, base_name),
-        "base_model_archs": [hf_class(base_path)],
-        "torch_dtype": "float32",
-    }
+    name, architecture = name_of_base(base_path, base_name), hf_class(base_path)
+    if format == "speculators":
+        name_verifier(config, name, architecture)
+    else:
+        config |= {"base_model_name_or_path": name, "base_model_archs": [architecture], "torch_dtype": "float32"}
+    if speculator.borrowed:
+        tensors = tensors | speculator.base_tensors(readout)
     if base_fingerprint:
         config["base_fingerprint"] = base_fingerprint
     path = Path(path).absolute()
@@ -124,7 +136,8 @@ def write_folder(
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
-        readme = folder_readme(type_of(speculator), format, config, sum(parameter.numel() for parameter in speculator.parameters()))
+        parameters = sum(parameter.numel() for parameter in speculator.parameters())
+        readme = folder_readme(type_of(speculator), format, name, speculator.steps, parameters)
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         replace_folder(temporary, path, stale=(SINGLE, INDEX, PICKLE))
     finally:
@@ -132,7 +145,7 @@ def write_folder(
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, pickled: bool) -> None:
-    whole = {id(tensor): tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for tensor in tensors.values()}
+    whole = {id(tensor): _on_disk(tensor) for tensor in tensors.values()}
     named = {name: whole[id(tensor)] for name, tensor in tensors.items()}
     if pickled:
         write_pickled(named, folder / PICKLE)
@@ -145,6 +158,17 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, pickled: bool) -> N
     save_file(named, folder / SINGLE, metadata={"format": "pt"})
 
 
+def _on_disk(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; numbers with a fraction are float32."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds more than a config.json."""
+    return any((path / name).is_file() for name in (SINGLE, INDEX, PICKLE))
+
+
 def describe_folder(path: str | Path) -> Description:
     """What a folder's config.json says; no weights are read.
 
@@ -152,6 +176,12 @@ def describe_folder(path: str | Path) -> Description:
         UserError: one line that names the file: no such file, or a value that is not allowed.
     """
     file = ConfigFile(Path(path), "a speculator's folder has config.json and its weights")
+    if file.get("speculators_model_type") is not None:
+        family = file.text("speculators_model_type")
+        file.must(family in _SPECULATORS, "speculators_model_type", f"allowed: {', '.join(_SPECULATORS)}")
+        type = _SPECULATORS[family]
+        config, *base_shape = SPECULATORS[type][1].config_from_folder(file, "speculators")
+        return Description(file.file, type, config, "speculators", BaseShape(*base_shape), file.text("base_fingerprint", ""))
     given = file.get("architectures")
     architecture = given[0] if isinstance(given, list) and len(given) == 1 else given  # ArcticTraining's mlp has no list
     file.must(isinstance(architecture, str), "architectures", "allowed: a list with one name")
@@ -165,12 +195,13 @@ def describe_folder(path: str | Path) -> Description:
     return Description(file.file, type, config, format, BaseShape(*base_shape), file.text("base_fingerprint", ""))
 
 
-def load_speculator(path: str | Path, base_config, objective: Objective = Objective()) -> Speculator:
+def load_speculator(path: str | Path, base_config, objective: Objective = Objective(), config=None) -> Speculator:
     """The speculator of a folder, in float32 on the CPU.
 
     Args:
-        base_config: the base's `hidden_size` and `vocab_size`.
+        base_config: of the base, `hidden_size` and `vocab_size` at least.
         objective: the loss for training it on.
+        config: the family's keys, if they differ from the folder's in what concerns training alone.
 
     Raises:
         UserError: one line that names the file: a missing or damaged one, a value that is not allowed, missing or extra
@@ -184,21 +215,25 @@ def load_speculator(path: str | Path, base_config, objective: Objective = Object
         )
     try:
         with torch.device("meta"):
-            module = SPECULATORS[folder.type][1](folder.config, folder.base_shape, objective)
+            module = SPECULATORS[folder.type][1](config or folder.config, base_config, objective)
         expected = {name.removeprefix(_PREFIX): tensor for name, tensor in module.serving(folder.format)[1].items()}
     except UserError as error:
         raise UserError(f"{folder.file}: {error}") from None
-    stored = _read_tensors(Path(path), expected)
+    stored = _read_tensors(Path(path), expected, set(module.borrowed) - set(expected))
     module.to_empty(device="cpu")
     with torch.no_grad():
         for name, view in module.serving(folder.format)[1].items():
             if name.removeprefix(_PREFIX) in stored:
                 view.copy_(stored[name.removeprefix(_PREFIX)])
+    try:
+        module.check()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return module
 
 
-def _read_tensors(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a folder, by name without the prefix.
+def _read_tensors(folder: Path, expected: dict[str, Tensor], borrowed: set[str]) -> dict[str, Tensor]:
+    """All tensors of a folder, by name without the prefix; those in `borrowed`, the base's own, are left out.
 
     Names that share one tensor in `expected` are one weight with several names: some writers store all, some the first only.
     """
@@ -212,7 +247,7 @@ def _read_tensors(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor
     stored = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
     if len(stored) < len(found):
         raise UserError(f"{where}: tensors with and without the prefix {_PREFIX!r}; allowed: all names one way")
-    check_tensors(where, {name: tuple(tensor.shape) for name, tensor in stored.items()}, shapes, set(repeats))
+    check_tensors(where, {name: tuple(tensor.shape) for name, tensor in stored.items()}, shapes, set(repeats) | borrowed)
     for name, original in repeats.items():
         if name in stored and not torch.equal(stored[name], stored[original]):
             raise UserError(f"{where}: {name} differs from {original}; config.json says that they are one weight")
