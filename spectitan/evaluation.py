@@ -22,7 +22,7 @@ from spectitan.errors import UserError
 from spectitan.speculators.base import Speculator, align_targets
 from spectitan.speculators.next_token import NextToken
 from spectitan.states.online import OnlineStates
-from spectitan.trained import find_trained, load_base, load_speculator_for
+from spectitan.trained import find_trained, load_base, load_speculator_for, locate_base
 from spectitan.types import TokenBatch
 
 
@@ -40,10 +40,11 @@ def evaluate_run(config: Config) -> dict:
             f"speculator.path is empty and job.dump_folder = {config.job.dump_folder!r} has no checkpoint: nothing to evaluate; "
             'speculator.type = "none" evaluates the base alone'
         )
-    base, base_path = load_base(config, torch.float32)
+    _, base_path, base_config = locate_base(config, trained)
+    tokenizer = load_tokenizer(base_path, base_config.vocab_size)
+    base, _ = load_base(config, torch.float32)
     base.to(choose_device())
     speculator = load_speculator_for(config, base)
-    tokenizer = load_tokenizer(base_path, base.config.vocab_size)
     prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
     if prompts:
         tree_settings(speculator, config.eval, base.config.vocab_size)

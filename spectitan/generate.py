@@ -25,7 +25,7 @@ from spectitan.distributed.mesh import choose_device
 from spectitan.errors import UserError
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
-from spectitan.trained import load_base, load_speculator_for
+from spectitan.trained import find_trained, load_base, load_speculator_for, locate_base
 
 
 def generate(config: Config, stop: StopSignal) -> None:
@@ -33,10 +33,11 @@ def generate(config: Config, stop: StopSignal) -> None:
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
     texts = read_prompts(config.generate)
-    base, base_path = load_base(config, torch.float32)
-    tokenizer = load_tokenizer(base_path, base.config.vocab_size)
+    _, base_path, base_config = locate_base(config, find_trained(config))
+    tokenizer = load_tokenizer(base_path, base_config.vocab_size)
     prompts = [start_of_text(text, tokenizer) for text in texts]
-    check_prompts(prompts, base.config)
+    check_prompts(prompts, base_config)
+    base, _ = load_base(config, torch.float32)
     base.to(choose_device())
     speculator = load_speculator_for(config, base)
 

@@ -59,7 +59,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids, without special tokens and ids that only the model has; bytes that are not UTF-8 become U+FFFD."""
 
     def words(self, text: str) -> list[str]:
         """The text as the model of the tokenizer is given it: no token crosses from one word into the next."""
@@ -202,7 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [max(0, start - added) for start in starts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._backend.decode(list(ids))
+        return self._backend.decode([i for i in ids if i < self.vocab_size])
 
     def words(self, text: str) -> list[str]:
         return self._vocabulary.parts(self._backend.normalize(text))

@@ -3,19 +3,27 @@
 import base64
 import io
 import json
+import random
 
 import pytest
 import regex
 import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from spectitan.data.tokenizer import (
     LLAMA3_PATTERN, JsonTokenizer, SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, load_tokenizer, train_bpe,
 )  # fmt: skip
 from spectitan.errors import UserError
 from tests.unit.data_fixtures import text, tokenizer_folder
+from tests.unit.tokenizer_fixtures import JSON, KINDS, SENTENCEPIECE, prose, write
+
+try:
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+except ImportError:  # transformers before 5
+    from transformers.models.llama.tokenization_llama import LlamaTokenizer as SentencePieceBackend
 
 TEXTS = ["", "a", text(3), "  two  spaces\n\n\tand a tab", "größe = 'naïve'\r\n", "日本語 😀 mixed", "x" * 500, "\x00\x7f", "don't 12345"]
 
@@ -39,6 +47,45 @@ def test_tokenizer_json_gives_the_ids_of_transformers(tmp_path):
     assert [ours.encode(content) for content in TEXTS] == ours.encode_batch(TEXTS)
     assert [ours.prompt(ours.encode(content)) for content in TEXTS] == [theirs(content).input_ids for content in TEXTS]
     assert [ours.decode(ours.document(ours.encode(content))) for content in TEXTS] == TEXTS
+
+
+# Emoji joined and coloured, flags, right to left with its marks, line ends, NUL, byte order marks, spaces at the ends.
+RARE = ["👩‍👩‍👧‍👦🏳️‍🌈 👍🏽 🇩🇪🇫🇷🇩", "مرحبا بالعالم שלום \u200fabc\u200e", "a\r\nb\r\r\n\n", "a\0b\0\0", "\ufeffabc \ufeff", "  two   ends  ", "\n", " "]
+CODE_POINTS = [*range(0xD800), *range(0xE000, 0x110000)]  # all but halves of pairs, which are no characters
+
+
+def oracle(kind: str, folder):
+    """Text to ids, as transformers reads the folder."""
+    if kind in JSON:
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    elif kind in SENTENCEPIECE:
+        theirs = SentencePieceBackend(vocab_file=str(folder / "tokenizer.model"))
+    else:
+        theirs = PreTrainedTokenizerFast(tokenizer_object=TikTokenConverter(vocab_file=str(folder / "tokenizer.model")).converted())
+    return lambda content: theirs(content, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rare_characters_have_the_ids_of_transformers(tmp_path, kind):
+    ours, theirs = load_tokenizer(write(kind, tmp_path)), oracle(kind, tmp_path)
+    texts = [*RARE, prose(7, 200), "".join(map(chr, random.Random(11).choices(CODE_POINTS, k=10_000)))]
+    assert ours.encode_batch(texts) == [theirs(content) for content in texts]
+    assert [ours.encode(content) for content in texts] == ours.encode_batch(texts)
+    if kind == "sentencepiece_bpe":  # by another implementation too; which puts no space before a text that begins with one
+        converted = LlamaTokenizer.from_pretrained(str(tmp_path))
+        texts = [content for content in texts if not content.startswith(" ")]
+        assert ours.encode_batch(texts) == [converted(content, add_special_tokens=False).input_ids for content in texts]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "sentencepiece_bpe", "tiktoken"])
+def test_the_model_may_have_more_ids_than_the_tokenizer_and_not_fewer(tmp_path, kind):
+    size = load_tokenizer(write(kind, tmp_path)).vocab_size
+    tokenizer = load_tokenizer(tmp_path, size + 100)
+    ids = tokenizer.encode("count the returns")
+    assert tokenizer.vocab_size == size and max(ids) < size
+    assert tokenizer.decode([*ids, size + 7]) == tokenizer.decode(ids) != ""
+    with pytest.raises(UserError, match=f"the tokenizer has {size} tokens, the model {size - 1}; allowed: at most as many"):
+        load_tokenizer(tmp_path, size - 1)
 
 
 def test_bos_and_eos_come_from_the_settings_beside_the_tokenizer(tmp_path):
