@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from spectitan.data.best_fit import Placed, best_fit, one_a_row
 from spectitan.data.order import permuted
@@ -121,8 +122,9 @@ def _supervised(shards: Shards, begins: np.ndarray, ends: np.ndarray) -> np.ndar
 def _sort(output: np.ndarray, of_length: np.ndarray, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
     """Puts where parts begin in order of their lengths, the longest first, those of one length as they come."""
     free = np.cumsum(of_length[::-1])[::-1] - of_length  # int64 [seq_length + 1], where the next part of each length goes
+    sortable = np.uint16 if len(of_length) <= 2**16 else np.int64  # of 16 bits, numpy counts
     for begins, lengths in parts:
-        order = np.argsort(lengths, kind="stable")
+        order = np.argsort(lengths.astype(sortable), kind="stable")
         lengths = lengths[order]
         in_block = np.bincount(lengths, minlength=len(of_length))
         output[free[lengths] + np.arange(len(order)) - (np.cumsum(in_block) - in_block)[lengths]] = begins[order]
@@ -137,18 +139,37 @@ def _fill(
         rows[1 + run.first_row : 1 + run.first_row + run.rows] += run.each
     rows[1:] = np.cumsum(rows[1:]) - rows[1:]  # where each begins; as it fills, where the next part goes; full, where it ends
     first_of_length = np.cumsum(of_length[::-1])[::-1] - of_length
+    keys = hash_keys(_ITEM_KEY, torch.arange(len(of_length))).tolist()
+    for batch in _batches(placed):
+        length, count = batch[0].length, sum(run.rows * run.each for run in batch)
+        first = int(first_of_length[length])
+        items = np.arange(batch[0].first_item - first, batch[0].first_item - first + count, dtype=np.uint64)
+        chosen = sorted_begins[first + permuted(items, int(of_length[length]), keys[length] % 2**64).astype(np.int64)]
+        done = 0
+        for run in batch:
+            row = slice(1 + run.first_row, 1 + run.first_row + run.rows)
+            places = (rows[row, None] + np.arange(run.each)).ravel()
+            begins[places], lengths[places] = chosen[done : done + len(places)], length
+            rows[row] += run.each
+            done += len(places)
+
+
+def _batches(placed: list[Placed]) -> Iterator[list[Placed]]:
+    """Runs of one length, one after the other, of about so many parts as are held in memory."""
+    batch, parts = [], 0
     for run in placed:
-        first, size = int(first_of_length[run.length]), int(of_length[run.length])
-        key = int(hash_keys(_ITEM_KEY, run.length)) % 2**64
         step = max(1, _BLOCK_PARTS // run.each)
         for start in range(0, run.rows, step):
-            row = slice(1 + run.first_row + start, 1 + run.first_row + min(start + step, run.rows))
-            places = (rows[row, None] + np.arange(run.each)).ravel()
-            item = run.first_item - first + start * run.each
-            items = permuted(np.arange(item, item + len(places), dtype=np.uint64), size, key)
-            begins[places] = sorted_begins[first + items.astype(np.int64)]
-            lengths[places] = run.length
-            rows[row] += run.each
+            part = run._replace(
+                first_item=run.first_item + start * run.each, first_row=run.first_row + start, rows=min(step, run.rows - start)
+            )
+            if batch and (part.length != batch[0].length or parts >= _BLOCK_PARTS):
+                yield batch
+                batch, parts = [], 0
+            batch.append(part)
+            parts += part.rows * part.each
+    if batch:
+        yield batch
 
 
 def _new_array(path: Path, dtype: type, size: int) -> np.ndarray:
