@@ -83,6 +83,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Backend
+        from tokenizers import processors
 
         try:
             self._backend = Backend.from_file(str(path))
@@ -96,6 +97,8 @@ class JsonTokenizer(Tokenizer):
         self.specials = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         settings = read_json(path.parent / "tokenizer_config.json")
         self.bos_id = self._first_id(settings)
+        # That is what it says of ids. It may also move where ids begin behind their spaces, and so from a prompt into its answer.
+        self._backend.post_processor = processors.Sequence([])
         self.eos_id = self._end_id(settings, path.parent)
         self.fingerprint = _fingerprint(path, self.bos_id, self.eos_id)
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from spectitan.chats.conversation import Renderer
@@ -145,11 +147,16 @@ def test_marks_do_not_change_what_a_template_writes():
     )
 
 
-def test_a_token_that_begins_in_the_prompt_is_not_supervised(tokenizers):
+@pytest.mark.parametrize("trimmed", [False, True], ids=["", "begins of words are told, not of their spaces"])
+def test_a_token_that_begins_in_the_prompt_is_not_supervised(tmp_path, trimmed):
     # The prompt ends in a space, which the tokenizer joins with the answer's first word.
     source = "{% for m in messages %}{{ '|' + m.role + ': ' + m.content }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ '|assistant: ' }}{% endif %}"
-    _, ours = tokenizers("ChatML")
+    folder = chat_folder(tmp_path, source, {})
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.ByteLevel(trim_offsets=trimmed)
+    backend.save(str(folder / "tokenizer.json"))
+    ours = load_tokenizer(folder)
     text, spans, _, _ = conversation(ours, source, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "count self"}])
     assert [text[begin:end] for begin, end in spans] == ["count self"]
     ids, mask = encoded(ours, text, spans)
