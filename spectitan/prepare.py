@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -69,7 +70,7 @@ def prepare(config: Config, stop: StopSignal) -> None:
     if config.prepare.token_freq:
         write_counts(Path(config.prepare.token_freq), loader, tokenizer.vocab_size)
     for _ in range(config.prepare.show):
-        print(show_sample(next(loader), tokenizer, loader.datasets, sys.stdout.isatty()))
+        print(show_sample(next(loader), tokenizer, loader.datasets, uses_colour()))
     if config.prepare.generate:
         generate_data(config, tokenizer, prompts)
 
@@ -256,10 +257,17 @@ def _held_out(meta: dict | None) -> tuple[str, str]:
     return ("0", "0") if meta is None else (f"{meta['documents']:,}", f"{meta['tokens']:,}")
 
 
+def uses_colour() -> bool:
+    """On a terminal, or where FORCE_COLOR asks for it; never where NO_COLOR forbids it (no-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return os.environ.get("FORCE_COLOR", "") not in ("", "0") or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
+
+
 def show_sample(batch: TokenBatch, tokenizer: Tokenizer, datasets: list[str], colour: bool) -> str:
     """The text of a batch's first sample, document by document, with the tokens marked that training predicts.
 
-    They are green on a terminal; elsewhere the others are put in [[ ]]: the first of each document, and those the mask leaves out.
+    They are green in colour; without, the others are put in [[ ]]: the first of each document, and those the mask leaves out.
     """
     tokens, mask, documents = (tensor[0] for tensor in batch[:3])
     follows = torch.cat([torch.zeros(1, dtype=torch.bool), documents[1:] == documents[:-1]])

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from spectitan.data import corpus
 from spectitan.data.documents import HELD_OUT, TRAINING, Found, find_datasets, read_documents
 from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer, train_bpe
-from spectitan.prepare import main, show_sample
+from spectitan.prepare import main, show_sample, uses_colour
 from tests.unit.chat_fixtures import CHATS, TEMPLATES, chat_folder, template
 from tests.unit.data_fixtures import ByteTokenizer, make_data, text, tokenizer_folder, write_texts
 
@@ -102,10 +103,38 @@ def test_an_example_shows_special_tokens(tmp_path):
     assert shown.endswith("tokens\n" + "".join(turns))
 
 
-def test_the_example_is_printed(folder, capsys):
+@pytest.mark.parametrize(("variables", "coloured"), [({}, False), ({"FORCE_COLOR": "1"}, True)])
+def test_the_example_is_printed(folder, capsys, monkeypatch, variables, coloured):
+    set_colours(monkeypatch, variables)
     assert main(flags(folder, prepare__show=2)) == 0
     output = capsys.readouterr().out
-    assert output.count(" supervised, documents: ") == 2 and "[[" in output and "\x1b" not in output
+    assert output.count(" supervised, documents: ") == 2 and ("[[" in output, "\x1b[32m" in output) == (not coloured, coloured)
+
+
+def set_colours(monkeypatch, variables):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "expected"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"TERM": "dumb"}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),
+        (False, {"FORCE_COLOR": "1"}, True),
+        (False, {"FORCE_COLOR": "0"}, False),
+        (True, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_colours_are_for_terminals_and_as_the_user_wants(monkeypatch, terminal, variables, expected):
+    set_colours(monkeypatch, variables)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: terminal))
+    assert uses_colour() is expected
 
 
 def test_a_tokenizer_is_made_of_the_training_part(folder, capsys):
