@@ -85,6 +85,7 @@ class Data:
     messages_key: str = key(
         "messages", "column of chats, each a list of {role, content}; what the assistant says is supervised; empty: none"
     )
+    tools_key: str = key("tools", "column beside data.messages_key: the tools that a chat may call, JSON schemas or their text; empty: none")
     tokens_column: str = key("tokens", "column of the token ids of texts, supervised throughout, as fms-fsdp has them; empty: none")
     input_ids_column: str = key("input_ids", "column of token ids whose mask is in data.loss_mask_column; empty: none")
     loss_mask_column: str = key("loss_mask", "column of masks: 1 where the token of the same place is supervised, else 0")

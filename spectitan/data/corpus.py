@@ -144,7 +144,7 @@ def _reading_of_tables(dataset: Dataset, data: Data, tokenizer: Tokenizer) -> li
     if not any(table_of(data, file) for file in dataset.files):
         return []
     keys = [data.prompt_key, data.prompt_dict_keys, data.response_key, data.response_dict_keys, data.messages_key]
-    keys += [data.tokens_column, data.input_ids_column, data.loss_mask_column]
+    keys += [data.tools_key, data.tokens_column, data.input_ids_column, data.loss_mask_column]
     return [*keys, tokenizer.chat_template and tokenizer.chat_template.fingerprint]
 
 

@@ -15,7 +15,7 @@ from spectitan.data.documents import HELD_OUT, TRAINING, Found, Ids, Messages, P
 from spectitan.data.rendering import texts_of
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.errors import UserError
-from tests.unit.chat_fixtures import CHATS, TEMPLATES, chat_folder, template
+from tests.unit.chat_fixtures import CHATS, TEMPLATES, TOOLS, chat_folder, template
 from tests.unit.data_fixtures import ByteTokenizer, documents_of, make_data, masks_of
 
 BYTES = ByteTokenizer(bos_id=1, eos_id=0)
@@ -91,10 +91,33 @@ def test_text_ids_and_messages(tmp_path, suffix):
 
 
 def test_a_parquet_file_has_keys_that_its_messages_do_not(tmp_path):
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    calls = [{"name": "f", "arguments": {"x": "1"}}, {"name": "g", "arguments": {"y": [{"z": 2}]}}]
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}]
     write(tmp_path, [{"messages": chat}], ".parquet")
     ((content,), _, _) = read(tmp_path)
-    assert content.messages == chat and "tool_calls" not in content.messages[0]
+    assert content.messages == [chat[0], {"role": "assistant", "tool_calls": calls}]
+
+
+@both
+@pytest.mark.parametrize("written", [lambda tools: tools, json.dumps, lambda tools: [json.dumps(tool) for tool in tools]])
+def test_tools_stand_beside_messages(tmp_path, suffix, written):
+    rows = [{"messages": CHATS[0], "functions": written(TOOLS)}, {"messages": CHATS[1], "functions": None}]
+    write(tmp_path, rows, suffix)
+    assert read(tmp_path, tools_key="functions")[0] == [Messages(CHATS[0], TOOLS), Messages(CHATS[1])]
+    assert read(tmp_path)[0] == read(tmp_path, tools_key="")[0] == [Messages(CHATS[0]), Messages(CHATS[1])]
+    tokenizer = load_tokenizer(chat_folder(tmp_path / "base", template("tools", False), TEMPLATES["tools"][1]))
+    with_tools = tokenised(tmp_path, tokenizer, tools_key="functions")
+    assert with_tools.folder != tokenised(tmp_path, tokenizer).folder
+    texts = [tokenizer.decode(ids) for ids in documents_of(with_tools)]
+    schema = json.dumps(TOOLS[0])
+    assert sorted(schema in text for text in texts) == [False, True]
+
+
+@pytest.mark.parametrize("tools", ["{", ["{"], [1], {"type": "function"}])
+def test_tools_that_are_none_are_refused(tmp_path, tools):
+    write(tmp_path, [{"messages": CHATS[0], "tools": tools}], ".jsonl")
+    with pytest.raises(UserError, match=r"a.jsonl:1: 'tools' \(data.tools_key\) is (not valid JSON|no list of JSON schemas); mend"):
+        read(tmp_path)
 
 
 def test_chats_and_prompts_and_text_in_one_dataset(tmp_path):

@@ -28,7 +28,7 @@ def rows(path: Path, kinds: list[Kind]) -> Iterator[Row]:
         mapped = _mapped(file)
         schema, batches = _opened(pyarrow, mapped)
         kind = kind_of_file(path, schema.names, kinds)
-        names = list(kind.columns)
+        names = kind.columns_in(schema.names)
         flat = all(pyarrow.types.is_integer(schema.field(name).type) for name in names)
         for batch, position in batches:
             batch = batch.select(names)

@@ -47,8 +47,15 @@ def _values(column) -> list:
     if not (types.is_list(kind) or types.is_large_list(kind)):
         return column.to_pylist()
     if not (types.is_integer(kind.value_type) or types.is_boolean(kind.value_type)):
-        return column.to_pylist()
+        return _with_values(column.to_pylist())
     places = column.offsets.to_numpy()
     values = column.values[places[0] : places[-1]].to_numpy(zero_copy_only=False)
     lists = [values[begin:end] for begin, end in zip(places - places[0], places[1:] - places[0])]
     return lists if not column.null_count else [numbers if there else None for numbers, there in zip(lists, column.is_valid().to_pylist())]
+
+
+def _with_values(value):
+    """Without the keys that have no value: a file has every key in every item of its lists, as of messages and their tool calls."""
+    if isinstance(value, list):
+        return [_with_values(item) for item in value]
+    return {key: _with_values(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value

@@ -26,7 +26,7 @@ def rows(path: Path, kinds: list[Kind]) -> Iterator[Row]:
         kind = kind_of_file(path, file.schema_arrow.names, kinds)
         with damage_of("Parquet", pyarrow.ArrowException):
             # One thread: those of pyarrow would be missing in processes that are forked later.
-            for batch in file.iter_batches(ROWS, columns=list(kind.columns), use_threads=False):
+            for batch in file.iter_batches(ROWS, columns=kind.columns_in(file.schema_arrow.names), use_threads=False):
                 for row in rows_of(batch):
                     number += 1
                     yield Row(number, size * number // file.metadata.num_rows, lambda row=row: row)

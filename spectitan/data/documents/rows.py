@@ -47,6 +47,11 @@ class Kind(NamedTuple):
     columns: tuple[str, ...]  # a row with all of these says it
     keys: str  # that name the columns
     content: Callable[[dict, Data], Content]  # raises ValueError with what is wrong, or SkippedRow
+    optional: tuple[str, ...] = ()  # columns that it may have as well
+
+    def columns_in(self, names: Collection[str]) -> list[str]:
+        """Those of its columns that are among the names."""
+        return [*self.columns, *(column for column in self.optional if column in names and column not in self.columns)]
 
 
 def kinds_of(data: Data) -> list[Kind]:
@@ -54,7 +59,7 @@ def kinds_of(data: Data) -> list[Kind]:
     kinds = [
         Kind("text", (data.text_column,), "data.text_column", _text),
         Kind("prompt and response", (data.prompt_key, data.response_key), "data.prompt_key and data.response_key", _prompt_response),
-        Kind("messages", (data.messages_key,), "data.messages_key", _messages),
+        Kind("messages", (data.messages_key,), "data.messages_key", _messages, (data.tools_key,)),
         Kind("ids", (data.tokens_column,), "data.tokens_column", _ids),
         Kind(
             "ids with a mask",
@@ -130,8 +135,24 @@ def _messages(row: dict, data: Data) -> Messages:
     if not any(message["role"] == "assistant" and (message.get("content") or message.get("tool_calls")) for message in messages):
         raise SkippedRow(f"no assistant turn in {place}")
     _characters(json.dumps(messages, ensure_ascii=False, default=str), place)
-    # A Parquet file has every key in every message: one without a value was not there.
-    return Messages([{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages])
+    # A key without a value is none to a template, as in transformers.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return Messages(messages, _tools(row.get(data.tools_key), f"{data.tools_key!r} (data.tools_key)"))
+
+
+def _tools(value: object, place: str) -> list[dict] | None:
+    """A list of schemas, of which it or each may be written as JSON."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools] if isinstance(tools, list) else tools
+    except ValueError:
+        raise ValueError(f"{place} is not valid JSON") from None
+    if tools in (None, "", []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place} is no list of JSON schemas")
+    _characters(json.dumps(tools, ensure_ascii=False, default=str), place)
+    return tools
 
 
 def _ids(row: dict, data: Data) -> Ids:
