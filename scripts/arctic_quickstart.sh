@@ -33,7 +33,7 @@ keys=(
     --stage2.prompt_length 64 --stage2.seq_length 256 --stage2.temperature 1 --stage2.top_k 10
     --speculator.type lstm --speculator.speculator_width "$WIDTH" --training.num_steps "$STEPS" --training.micro_batch_size "$BATCH"
     --optimizer.lr 1e-2 --optimizer.betas 0.9,0.999 --lr_scheduler.type cosine
-    --eval.num_prompts "$PROMPTS" --eval.speed_prompts $((PROMPTS / 4)) --compile.enabled false --export.format arctic
+    --eval.num_prompts "$PROMPTS" --eval.speed_prompts $(((PROMPTS + 3) / 4)) --compile.enabled false --export.format arctic
 )
 if [ "$NPROC" -gt 1 ]; then keys+=(--parallelism.sharding_strategy fsdp); fi
 if [ -n "$CONFIG" ]; then keys=(--job.config_file "$CONFIG"); fi

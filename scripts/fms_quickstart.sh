@@ -25,7 +25,7 @@ keys=(
     --data.seq_length 256 --data.holdout 0.05 --speculator.type mlp --speculator.speculator_width "$WIDTH"
     --training.num_steps "$STEPS" --training.micro_batch_size "$BATCH" --optimizer.lr 1e-2 --lr_scheduler.type two_stage
     --stage2.start_step "$STAGE2" --stage2.batch_size $((4 * BATCH * NPROC)) --stage2.prompt_length 64 --stage2.seq_length 128
-    --eval.num_prompts "$PROMPTS" --eval.speed_prompts $((PROMPTS / 4)) --compile.enabled false --export.format mlp_speculator
+    --eval.num_prompts "$PROMPTS" --eval.speed_prompts $(((PROMPTS + 3) / 4)) --compile.enabled false --export.format mlp_speculator
 )
 if [ "$NPROC" -gt 1 ]; then keys+=(--parallelism.sharding_strategy fsdp); fi
 if [ -n "$CONFIG" ]; then keys=(--job.config_file "$CONFIG"); fi

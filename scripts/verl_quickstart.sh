@@ -31,7 +31,7 @@ keys=(
     --data.prompt_key question --data.response_key answer --data.seq_length 256 --eval.prompts "$DATA/prompts.jsonl"
     --speculator.type "$METHOD" --speculator.n_speculator_heads 3 --speculator.scale_input false --speculator.emb_dim "$DIMS"
     --speculator.proj_dim "$DIMS" --speculator.inner_dim "$DIMS" --training.epochs "$EPOCHS" --training.micro_batch_size "$BATCH"
-    --optimizer.lr 1e-2 --eval.interval "$TEST_FREQ" --eval.num_prompts "$PROMPTS" --eval.speed_prompts $((PROMPTS / 4))
+    --optimizer.lr 1e-2 --eval.interval "$TEST_FREQ" --eval.num_prompts "$PROMPTS" --eval.speed_prompts $(((PROMPTS + 3) / 4))
     --compile.enabled false --export.format verl
 )
 if [ "$NPROC" -gt 1 ]; then keys+=(--parallelism.sharding_strategy fsdp); fi

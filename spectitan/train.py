@@ -315,7 +315,8 @@ class Trainer:
                 values |= {f"base_{name}": value for value in base} | {f"{name}/head_{head}": value for head, value in enumerate(heads)}
         if self.prompts:
             values["acceptance_length"] = utils.on_main(self._acceptance_length)
-        self.metrics.evaluation(self.step, values)
+        if values:
+            self.metrics.evaluation(self.step, values)
 
     def _acceptance_length(self) -> float:
         return checkpoint_acceptance(self._config_of_last_checkpoint(), self.tokenizer, self.prompts, self.device)

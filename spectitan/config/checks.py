@@ -23,6 +23,7 @@ _NOT_ZERO = (
     "optimizer.base_lr",
     "parallelism.dp_replicate",
     "eval.num_prompts",
+    "eval.speed_prompts",
     "eval.num_draft_tokens",
     "eval.n_candidates",
     "prepare.generate_samples",

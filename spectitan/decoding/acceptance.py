@@ -61,7 +61,7 @@ def measure(
         difference = None if plain_texts is None else first_difference(base, prompts, plain_texts, texts)
         identical = {"identical": None if plain_texts is None else difference is None, "first_difference": difference}
         reports.append(summarize_acceptance(accepted, draft_length(speculator, config)) | identical)
-    speeds = measure_speed(plain, drafting, prompts[: config.speed_prompts if config.speed_prompts > 0 else None])
+    speeds = measure_speed(plain, drafting, prompts[: None if config.speed_prompts == -1 else config.speed_prompts])
     chain, *trees = (report | speed for report, speed in zip(reports, speeds))
     prompt_lengths = [len(prompt) for prompt in prompts]
     report = {

@@ -49,6 +49,7 @@ from tests.integration.tiny import PROGRAMS, SHORT
         ("--eval.top_k_tokens_per_head=2,1", ["eval.top_k_tokens_per_head = [2, 1]", "3"]),
         ("--eval.prompts=nowhere.jsonl", ["nowhere.jsonl"]),
         ("--eval.num_prompts=0", ["eval.num_prompts"]),
+        ("--eval.speed_prompts=0", ["eval.speed_prompts"]),
         ("--base.path=nowhere", ["base.path", "nowhere", "no such folder"]),
         ("--base.path=spectitan:nothing", ["base.path", "spectitan:nothing"]),
         ("--base.variant=9b", ["base.variant", "9b"]),
