@@ -58,7 +58,7 @@ def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
 def describe(shards: Shards) -> str:
     """One line: what files and rows were recognised as, documents, tokens, what was dropped and held out."""
     meta = shards.meta
-    parts = [f"{count:,} files of {format}" for format, count in sorted(meta.get("formats", {}).items())]
+    parts = [f"{count:,} {'file' if count == 1 else 'files'} of {format}" for format, count in sorted(meta.get("formats", {}).items())]
     parts += [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens"]
     parts += [f"{meta['supervised']:,} of them supervised"] if shards.masked else []
     parts += [f"{meta['bytes'] / meta['tokens']:.2f} bytes a token"] if meta["bytes"] else []

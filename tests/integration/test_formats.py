@@ -116,12 +116,12 @@ EXAMPLES = {
 
 
 # What the log says of those that are not JSON lines of text.
-PACKED = "2 files of JSON lines (.gz), 1 files of JSON lines (.zst)"
+PACKED = "2 files of JSON lines (.gz), 1 file of JSON lines (.zst)"
 SEEN = {
     "`.txt`, `.md`, `.py` (`data.suffixes`)": ("3 files of text", "tokens"),
     "`.jsonl.gz`, `.jsonl.zst`, also `.ndjson` and `.json`": (PACKED, "3 rows of text"),
-    "`.parquet`": ("1 files of Parquet", "3 rows of messages"),
-    "`.arrow`": ("1 files of Arrow", "3 rows of prompt and response"),
+    "`.parquet`": ("1 file of Parquet", "3 rows of messages"),
+    "`.arrow`": ("1 file of Arrow", "3 rows of prompt and response"),
     "`.arrow` of single numbers": ("2 files of Arrow", "4 rows of ids"),
     "a folder that `datasets` saved": ("2 files of Arrow", "4 rows of ids with a mask"),
     HUB: (PACKED, "3 rows of text"),

@@ -75,6 +75,22 @@ def test_a_dataset_without_splits_is_all_its_files(cache):
     assert contents(find_datasets(data), data) == ["a", "b"]
 
 
+def test_other_splits_are_not_taken_for_the_one_that_is_missing(cache):
+    hub_snapshot(cache, "dataset", "team/rest", {"a.jsonl": rows("a"), "data/test-0.jsonl": rows("test")})
+    hub_snapshot(cache, "dataset", "team/bench", {"test.jsonl": rows("test"), "dev/a.jsonl": rows("dev")})
+    hub_snapshot(cache, "dataset", "team/one", {"train.jsonl": rows("train")})
+    data = make_data(cache, path="team/rest", val_path="team/one")
+    assert contents(find_datasets(data), data) == ["a"]
+    with pytest.raises(UserError, match="^team/one: of the splits train none is validation or test; allowed: the path of a file or folder"):
+        validation_datasets(data)
+    with pytest.raises(UserError, match="^team/bench: of the splits validation, test none is train; allowed: the path of a file or folder"):
+        find_datasets(make_data(cache, path="team/bench"))
+    data = make_data(cache, path="team/bench", datasets=["dev", "test.jsonl"])
+    assert contents(find_datasets(data), data) == ["dev", "test"]
+    data = make_data(cache, path="team/bench/dev", val_path="team/bench/test.jsonl")
+    assert [contents(found, data) for found in (find_datasets(data), validation_datasets(data))] == [["dev"], ["test"]]
+
+
 def test_a_misspelt_folder_of_a_dataset_is_named(cache):
     hub_snapshot(cache, "dataset", "team/questions", SPLITS)
     with pytest.raises(UserError, match="no such file or folder; the dataset team/questions of the hub has no 'mian'$"):

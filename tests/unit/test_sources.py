@@ -226,7 +226,7 @@ def test_the_log_says_what_each_dataset_is(tmp_path, caplog):
         tokenise_training(make_data(tmp_path, datasets=["b", "c"]), BYTES)
     lines = [record.getMessage() for record in caplog.records if "documents" in record.getMessage()]
     assert lines[0].startswith("data b: 2 files of Arrow, 4 documents, ") and ", 4 rows of ids" in lines[0]
-    assert lines[1].startswith("data c: 1 files of JSON lines (.zst), 2 files of text, 4 documents, ") and ", 2 rows of text" in lines[1]
+    assert lines[1].startswith("data c: 1 file of JSON lines (.zst), 2 files of text, 4 documents, ") and ", 2 rows of text" in lines[1]
 
 
 def test_a_dataset_of_weight_0_is_not_even_opened(tmp_path):

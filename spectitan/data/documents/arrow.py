@@ -54,6 +54,8 @@ def _opened(pyarrow, mapped: mmap.mmap) -> tuple:
     """The schema, and an iterator of record batches with the byte of the file that they are at."""
     options = pyarrow.ipc.IpcReadOptions(use_threads=False)  # they would be missing in processes that are forked later
     if mapped[: len(_FILE_FORMAT)] == _FILE_FORMAT:
+        if mapped[-len(_FILE_FORMAT) :] != _FILE_FORMAT:
+            raise EOFError("it ends before its footer")
         reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped), options=options)
         count = reader.num_record_batches
         return reader.schema, ((reader.get_batch(i), len(mapped) * (i + 1) // count) for i in range(count))

@@ -126,7 +126,11 @@ def _dataset(name: str, source: _Source, folder: Path) -> Dataset:
     if not files:
         wanted, there = ", ".join(source.suffixes), ", ".join(sorted(others)[:12]) or "none"
         raise UserError(f"{folder}: empty dataset, no file with suffix {wanted} (data.suffixes, data.format); there are: {there}")
-    return Dataset(name, root, tuple(hub_splits.choose(name, files, source.splits) if source.splits else files))
+    if source.splits:
+        named = folder.relative_to(root)  # by the user: its own name is not looked at
+        inner = hub_splits.choose(name, [Path(file).relative_to(named).as_posix() for file in files], source.splits)
+        files = [(named / file).as_posix() for file in inner]
+    return Dataset(name, root, tuple(files))
 
 
 def _raise(error: OSError) -> None:
