@@ -28,6 +28,7 @@ from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_all_reduce, set_gradient_sync
 from spectitan.distributed.mesh import Distributed, init_distributed
+from spectitan.distributed.tensor_parallel import apply_tp, check_tensor_parallel
 from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
 from spectitan.exporting import export_run
@@ -79,6 +80,7 @@ class Trainer:
             )
         self.base_path = resolve_base_path(config.base.path)
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
+        check_tensor_parallel(config.base.arch, base_config, config.parallelism.tp_size)
         self.tokenizer = load_tokenizer(self.base_path, base_config.vocab_size)
         check_seq_length(config.data, base_config.max_position_embeddings)
         for key, path in folders_to_write(config).items():
@@ -180,6 +182,8 @@ class Trainer:
         if config.speculator.type != "none" and not self.fine_tunes:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.speculator.to(self.device)
+        if self.world.tp_mesh is not None:
+            apply_tp(self.base, config.base.arch, self.world.tp_mesh)
         if config.base.activation_checkpointing:
             apply_activation_checkpointing(self.base.layers)
         apply_compile(config.compile.enabled, self.device, self.base.layers)
@@ -349,8 +353,9 @@ def train(config: Config, stop: StopSignal) -> None:
     torch.use_deterministic_algorithms(config.job.deterministic)
     parallelism = config.parallelism
     world = init_distributed(
-        parallelism.sharding_strategy, dp_replicate=parallelism.dp_replicate, shard_speculator=parallelism.shard_speculator
-    )
+        parallelism.sharding_strategy, tp_size=parallelism.tp_size,
+        dp_replicate=parallelism.dp_replicate, shard_speculator=parallelism.shard_speculator,
+    )  # fmt: skip
     try:
         with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
             trainer = Trainer(config, world, run_folder)

@@ -107,7 +107,12 @@ def _check_training(config: Config) -> None:
         f"training.global_batch_size = {training.global_batch_size}; allowed: -1, or a multiple of "
         f"training.micro_batch_size = {training.micro_batch_size}",
     )
-    strategy, replicate = config.parallelism.sharding_strategy, config.parallelism.dp_replicate
+    strategy, replicate, tp_size = config.parallelism.sharding_strategy, config.parallelism.dp_replicate, config.parallelism.tp_size
+    _require(
+        strategy != "none" or tp_size == 1,
+        f"parallelism.tp_size = {tp_size} with parallelism.sharding_strategy = none; allowed: 1, or tp, fsdp, hsdp",
+    )
+    _require(strategy != "tp" or tp_size > 1, "parallelism.tp_size = 1 with parallelism.sharding_strategy = tp; allowed: 2 or more")
     _require(
         strategy == "hsdp" or replicate == -1,
         f"parallelism.dp_replicate = {replicate} with parallelism.sharding_strategy = {strategy}; allowed: -1, or hsdp",

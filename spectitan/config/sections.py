@@ -54,8 +54,12 @@ class Base:
 class Parallelism:
     sharding_strategy: str = key(
         "none",
-        "none: one process; fsdp: parameters sharded over all processes; hsdp: sharded within groups of them, copied between groups",
-        choices=("none", "fsdp", "hsdp"),
+        "none: one process; fsdp: parameters sharded over all processes; hsdp: sharded within groups of them, copied between groups; "
+        "tp: the base's layers split over tp_size processes, copied between such groups",
+        choices=("none", "fsdp", "hsdp", "tp"),
+    )
+    tp_size: int = key(
+        1, "processes that each layer of the base is split over; with fsdp and hsdp each of these parts is sharded", minimum=1
     )
     dp_replicate: int = key(-1, "hsdp: copies of the parameters; -1: one a machine", minimum=-1)
     shard_speculator: bool = key(True, "false: each process holds the whole speculator and its optimizer state")

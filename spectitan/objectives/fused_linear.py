@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial
 
 from spectitan.objectives import row_passes
 from spectitan.objectives.row_passes import Distributions
+from spectitan.objectives.vocab_parallel import vocab_parallel_ce
 
 
 class Teacher(NamedTuple):
@@ -37,7 +39,8 @@ def fused_linear_loss(
 
     Args:
         hidden: [N, w], in the compute dtype. N = 0 gives a total and gradients of 0.
-        weight: [V, w], of the same dtype. Frozen, it costs no work on its gradient; under no_grad there is none at all.
+        weight: [V, w], of the same dtype. Frozen, it costs no work on its gradient; under no_grad there is none at all. It, and a
+            teacher's, may be divided over the ranks of a mesh (tensor parallelism), which then call this together, each with its own rows.
         row_weights: [N], constants. A row of weight 0 has statistics, and exactly no gradient.
         loss: "ce", against `targets`; or "kl_div", KL(p || q) to the teacher's distribution p.
         targets: int64 [N]; unused by kl_div.
@@ -53,12 +56,21 @@ def fused_linear_loss(
     assert loss in ("ce", "kl_div"), loss
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
     wanted = torch.is_grad_enabled()  # asked here, because inside the Function needs_input_grad stays True under no_grad
+    teacher = teacher if loss == "kl_div" else None
+    if isinstance(weight, DTensor) and loss == "ce":
+        rows = _automatic_chunk_rows(weight.to_local()) if chunk_rows == -1 else chunk_rows
+        return vocab_parallel_ce(hidden, weight, row_weights, targets, rows, wanted and hidden.requires_grad)
+    weight, teacher = _whole(weight), teacher and teacher._replace(weight=_whole(teacher.weight))
     if chunk_rows == -1:
         chunk_rows = _automatic_chunk_rows(weight)
-    teacher = teacher if loss == "kl_div" else None
     return _FusedLinearLoss.apply(
         hidden, weight, row_weights, targets, teacher, chunk_rows, wanted and hidden.requires_grad, wanted and weight.requires_grad
     )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A head that is divided over ranks, gathered: each then scores its own rows, which is no more work, and moves less than their logits."""
+    return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
 def _automatic_chunk_rows(weight: Tensor) -> int:

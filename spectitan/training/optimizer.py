@@ -21,6 +21,7 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     groups = defaultdict(list)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
+            # By part: base and speculator may lie on different meshes, which one kernel cannot step together.
             groups[name.partition(".")[0], parameter.dim() >= 2].append((name, parameter))
     optimizer = torch.optim.AdamW(
         [

@@ -34,6 +34,10 @@ LAYOUTS = {
     "fsdp_2": (2, {"sharding_strategy": "fsdp"}, KINDS),
     "fsdp_4": (4, {"sharding_strategy": "fsdp"}, KINDS),
     "hsdp_2x2": (4, {"sharding_strategy": "hsdp", "dp_replicate": 2}, KINDS),
+    "tp_2": (2, {"sharding_strategy": "tp", "tp_size": 2}, KINDS),
+    "tp_2_fsdp_2": (4, {"sharding_strategy": "fsdp", "tp_size": 2}, KINDS),
+    "tp_4_dp_1": (4, {"sharding_strategy": "tp", "tp_size": 4}, ["mlp", "joint"]),
+    "tp_2_dp_2": (4, {"sharding_strategy": "tp", "tp_size": 2}, ["joint"]),
     "hsdp_4x1": (4, {"sharding_strategy": "hsdp", "dp_replicate": 4, "shard_speculator": "false"}, ["joint"]),
 }
 # Query heads divide by two, and nothing else does.

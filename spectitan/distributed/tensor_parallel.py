@@ -1,0 +1,145 @@
+"""Tensor parallelism of a base: each layer is split over the ranks of a group, which all work on the rows of all of them.
+
+Every rank loads rows of its own. Between the split products a rank holds the activations of its own rows only (sequence
+parallelism, Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, along the batch): attention and MLP gather the rows of
+the group before, and scatter them after. So every module of the base takes a rank's own rows and returns them; what stands
+outside, the speculator first of all, is data parallel over all ranks and does no work twice. Sequences need not divide.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from spectitan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ROWS = Shard(0)
+_ROW_ARGUMENTS = ("document_ids", "positions", "mask")  # of a base's forward: attention needs those of all rows of the group
+
+
+class OneKVHead(ParallelStyle):
+    """k_proj or v_proj of fewer heads than ranks: whole on every rank, which computes the head that its own queries read."""
+
+    def __init__(self, head_dim: int):
+        self.head_dim = head_dim
+
+    def _apply(self, module: nn.Linear, mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            replicated = distribute_tensor(parameter.data, mesh, [Replicate()], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(replicated, parameter.requires_grad))
+        heads = module.out_features // self.head_dim
+        head = mesh.get_local_rank() * heads // mesh.size()
+        rows = slice(head * self.head_dim, (head + 1) * self.head_dim)
+
+        def forward(x: DTensor) -> Tensor:
+            # What flows back are shares: of every rank's own queries.
+            x, weight = (tensor.to_local(grad_placements=[Partial()]) for tensor in (x, module.weight))
+            bias = None if module.bias is None else module.bias.to_local(grad_placements=[Partial()])[rows]
+            return F.linear(x, weight[rows], bias)
+
+        module.forward = forward
+        return module
+
+
+def _llama_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
+    """Queries and gates are split by columns, their outputs' projections by rows: one gather before and one scatter after each pair."""
+    own_rows = SequenceParallel(sequence_dim=0, use_local_output=True)
+    one_kv_head = config.num_kv_heads < tp_size
+    plan = {
+        "input_layernorm": own_rows,
+        "self_attn": PrepareModuleInput(input_layouts=(_ROWS, *[None] * 5), desired_input_layouts=(Replicate(), *[None] * 5)),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": OneKVHead(config.head_dim) if one_kv_head else ColwiseParallel(),
+        "self_attn.v_proj": OneKVHead(config.head_dim) if one_kv_head else ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(output_layouts=_ROWS),
+        "post_attention_layernorm": own_rows,
+        "mlp": PrepareModuleInput(input_layouts=(_ROWS,), desired_input_layouts=(Replicate(),)),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=_ROWS),
+    }
+    if config.qk_norm:
+        own_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+        plan |= {"self_attn.q_norm": own_heads, "self_attn.k_norm": own_heads}
+    return plan
+
+
+_PLANS: dict[str, Callable] = {"embedllama": _llama_plan}  # base.arch -> (config, tp_size) -> plan of a layer
+
+# Embedding and head are split by vocabulary, so that they can be tied. The last rank has fewer rows where the vocabulary does not divide.
+_READOUT_PLAN = {
+    "embedding": RowwiseParallel(input_layouts=_ROWS, output_layouts=_ROWS),
+    "norm": SequenceParallel(sequence_dim=0, use_local_output=True),
+    "head": ColwiseParallel(input_layouts=_ROWS, output_layouts=_ROWS),
+}
+
+
+def check_tensor_parallel(arch: str, config, tp_size: int) -> None:
+    """Refuses, before weights are read, what cannot be split.
+
+    Args:
+        arch: base.arch.
+        config: the base's; has its shape.
+
+    Raises:
+        UserError: names the number that does not divide.
+    """
+    if tp_size == 1:
+        return
+    given = f"parallelism.tp_size = {tp_size}"
+    if arch not in _PLANS:
+        raise UserError(f"{given}: base.arch = {arch} cannot be split; allowed: {', '.join(_PLANS)}, or tp_size = 1")
+    for name in ("num_heads", "intermediate_size"):
+        if getattr(config, name) % tp_size:
+            raise UserError(f"{given}: the base's {name} = {getattr(config, name)} does not divide by it; allowed: a divisor of that")
+    kv_heads = config.num_kv_heads
+    if kv_heads % tp_size and tp_size % kv_heads:
+        raise UserError(f"{given}: the base's num_kv_heads = {kv_heads}; allowed: a divisor or a multiple of that")
+
+
+def apply_tp(base: nn.Module, arch: str, mesh: DeviceMesh) -> None:
+    """Splits a base on the meta device over the ranks of a mesh of one dimension, in place, before it is compiled or sharded.
+
+    Every parameter becomes a DTensor of the mesh, norms as copies. All ranks of the group call the base's modules together, with as
+    many rows each; a cache of `base.new_cache` holds the rows of the group.
+
+    Args:
+        base: checked by `check_tensor_parallel`; has `.config`, `.layers` and `.readout`.
+        arch: base.arch.
+    """
+    for layer in base.layers:
+        parallelize_module(layer, mesh, _PLANS[arch](base.config, mesh.size()))
+    parallelize_module(base.readout, mesh, _READOUT_PLAN)
+    if base.readout.tied:
+        base.readout.head.weight = base.readout.embedding.weight
+    new_cache, signature = base.new_cache, inspect.signature(base.forward)
+    base.new_cache = lambda batch, length: new_cache(batch * mesh.size(), length)
+
+    def gather_arguments(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = signature.bind(*args, **kwargs).arguments
+        for name in _ROW_ARGUMENTS:
+            if given.get(name) is not None:
+                given[name] = gather_rows(given[name], mesh)
+        return (), given
+
+    base.register_forward_pre_hook(gather_arguments, with_kwargs=True)
+    logger.info("base: each layer split over %d ranks", mesh.size())
+
+
+def gather_rows(own: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[rows, ...] of each rank, as many on all of them -> [ranks * rows, ...] on all of them."""
+    return DTensor.from_local(own, mesh, [_ROWS], run_check=False).full_tensor()
