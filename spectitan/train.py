@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -351,6 +352,7 @@ def train(config: Config, stop: StopSignal) -> None:
     if config.job.deterministic:  # cuBLAS reads the variable when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.job.deterministic)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # of tp; nothing works on it in place
     parallelism = config.parallelism
     world = init_distributed(
         parallelism.sharding_strategy, tp_size=parallelism.tp_size,

@@ -106,6 +106,8 @@ def check_tensor_parallel(arch: str, config, tp_size: int) -> None:
     for name in ("num_heads", "intermediate_size"):
         if getattr(config, name) % tp_size:
             raise UserError(f"{given}: the base's {name} = {getattr(config, name)} does not divide by it; allowed: a divisor of that")
+    if config.vocab_size <= (tp_size - 1) * -(-config.vocab_size // tp_size):  # shares are rounded up
+        raise UserError(f"{given}: the base's vocab_size = {config.vocab_size} leaves the last of them nothing; allowed: fewer")
     kv_heads = config.num_kv_heads
     if kv_heads % tp_size and tp_size % kv_heads:
         raise UserError(f"{given}: the base's num_kv_heads = {kv_heads}; allowed: a divisor or a multiple of that")

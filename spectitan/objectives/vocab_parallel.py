@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 _LOWEST = -50.0  # as in row_passes.py
@@ -29,10 +30,9 @@ def vocab_parallel_ce(
     mesh = weight.device_mesh
     assert mesh.ndim == 1 and weight.placements[0].is_shard(0), f"a head divided by {weight.placements} of {mesh}"
     _, (first, *_) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
-    group = mesh.get_group()
-    rows = max(1, chunk_rows // mesh.size())
+    padded_rows, rows = largest_in_group(len(hidden), mesh.get_group()), max(1, chunk_rows // mesh.size())
     return _VocabParallelCE.apply(
-        hidden, weight.to_local(), row_weights, targets, first, largest_in_group(len(hidden), group), rows, group, hidden_grad,
+        hidden, weight.to_local(), row_weights, targets, first, padded_rows, rows, mesh, hidden_grad,
         torch.is_grad_enabled() and weight.requires_grad,
     )  # fmt: skip
 
@@ -46,9 +46,9 @@ def largest_in_group(number: int, group: dist.ProcessGroup) -> int:
 
 class _VocabParallelCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, row_weights, targets, first, padded_rows, chunk_rows, group, hidden_grad, weight_grad):
+    def forward(ctx, hidden, weight, row_weights, targets, first, padded_rows, chunk_rows, mesh, hidden_grad, weight_grad):
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        ranks, rank, own_rows = group.size(), group.rank(), len(hidden)
+        own_rows, group = len(hidden), mesh.get_group()
         row_weights = row_weights.to(dtype)
         row_stats = torch.empty(padded_rows, 3, dtype=dtype, device=hidden.device)
         d_hidden = hidden.new_empty(padded_rows, hidden.shape[1]) if hidden_grad else None
@@ -56,12 +56,12 @@ class _VocabParallelCE(torch.autograd.Function):
         padded = [_pad(tensor, padded_rows) for tensor in (hidden, targets, row_weights)]
         for start in range(0, padded_rows, chunk_rows):
             own = slice(start, min(start + chunk_rows, padded_rows))
-            gathered, chunk_targets, chunk_weights = (_gather(tensor[own], group) for tensor in padded)
+            gathered, chunk_targets, chunk_weights = (_gather(tensor[own], mesh) for tensor in padded)
             stats, d_logits, normaliser = _score(gathered, weight, chunk_targets - first, dtype, group)
-            row_stats[own] = stats.unflatten(0, (ranks, -1))[rank]
+            row_stats[own] = stats.chunk(mesh.size())[mesh.get_local_rank()]
             scale = (chunk_weights / normaliser)[:, None]
             if hidden_grad:
-                dist.reduce_scatter_tensor(d_hidden[own], (torch.mm(d_logits, weight) * scale).to(hidden.dtype), group=group)
+                d_hidden[own] = _scatter_sum((torch.mm(d_logits, weight) * scale).to(hidden.dtype), mesh)
             if weight_grad:
                 d_weight += torch.mm(d_logits.T, (gathered * scale).to(weight.dtype))
         row_stats = row_stats[:own_rows]
@@ -83,23 +83,20 @@ def _score(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, 
     """
     product = torch.mm(hidden, weight.T)
     logits = product.to(dtype)
-    empty = logits.new_full((len(logits), 1), -torch.inf)  # this rank may have no part of a small vocabulary
-    largest = torch.cat([logits, empty], 1).amax(1) if not logits.shape[1] else logits.amax(1)
+    largest = logits.amax(1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     logits -= largest[:, None]
     rows = torch.arange(len(logits), device=logits.device)
     mine = (targets >= 0) & (targets < logits.shape[1])
     place = torch.where(mine, targets, 0)
     sums = logits.new_zeros(2, len(logits))
-    if logits.shape[1]:
-        sums[1] = torch.where(mine, logits[rows, place], 0)
+    sums[1] = torch.where(mine, logits[rows, place], 0)
     logits.clamp_min_(_LOWEST).exp_()
     sums[0] = logits.sum(1)
     dist.all_reduce(sums, group=group)
     normaliser, target = sums
     unnormalised = target.exp()
-    if logits.shape[1]:
-        logits[rows, place] = torch.where(mine, unnormalised - normaliser, logits[rows, place])
+    logits[rows, place] = torch.where(mine, unnormalised - normaliser, logits[rows, place])
     row_stats = torch.stack([normaliser.log() - target, (target == 0).to(dtype), unnormalised / normaliser], 1)
     return row_stats, product.copy_(logits), normaliser
 
@@ -110,8 +107,11 @@ def _pad(own: Tensor, rows: int) -> Tensor:
     return padded
 
 
-def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[rows, ...] of each rank -> [ranks * rows, ...]."""
-    rows = own.new_empty(group.size() * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(rows, own.contiguous(), group=group)
-    return rows
+def _gather(own: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[rows, ...] of each rank -> [ranks * rows, ...], the same on all."""
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False).full_tensor()
+
+
+def _scatter_sum(shares: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[ranks * rows, ...], a share of a sum on each rank -> [rows, ...], the sum's rows of this rank."""
+    return DTensor.from_local(shares, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
