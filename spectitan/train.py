@@ -81,7 +81,7 @@ class Trainer:
             )
         self.base_path = resolve_base_path(config.base.path)
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
-        check_tensor_parallel(config.base.arch, base_config, config.parallelism.tp_size)
+        check_tensor_parallel(arch_of(base_config), base_config, config.parallelism.tp_size)
         self.tokenizer = load_tokenizer(self.base_path, base_config.vocab_size)
         check_seq_length(config.data, base_config.max_position_embeddings)
         for key, path in folders_to_write(config).items():
@@ -184,7 +184,7 @@ class Trainer:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.speculator.to(self.device)
         if self.world.tp_mesh is not None:
-            apply_tp(self.base, config.base.arch, self.world.tp_mesh)
+            apply_tp(self.base, arch_of(self.base.config), self.world.tp_mesh)
         if config.base.activation_checkpointing:
             apply_activation_checkpointing(self.base.layers)
         apply_compile(config.compile.enabled, self.device, self.base.layers)
