@@ -1,6 +1,8 @@
 """Documents as their text: chats and prompts through the base's chat template, ids checked. What follows only tokenises."""
 
 import logging
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -17,6 +19,9 @@ from spectitan.errors import UserError
 logger = logging.getLogger(__name__)
 
 _BATCH_CHATS, _BATCH_CHARACTERS = 256, 2**18  # handed to the template together
+_THREADS_PER_PROCESS = 4  # that tokenise what a process renders
+
+Batch = list[tuple[Document, Request | None]]
 
 
 class Rendered(NamedTuple):
@@ -31,7 +36,8 @@ def rendered(documents: Iterable[Document], tokenizer: Tokenizer, data: Data, fo
     """Documents whose content is a text, a prompt with its response, Rendered or Ids: no messages are left. To be closed.
 
     A prompt becomes the one user message of a chat, as in VERL; without a chat template it stays a text that the response follows.
-    Documents that cannot be rendered are counted in `found`. The template runs in a process of its own, ahead of what is yielded.
+    Documents that cannot be rendered are counted in `found`. The template runs in processes of its own, ahead of what is
+    yielded.
 
     Args:
         name: of the dataset, for the log.
@@ -50,35 +56,40 @@ def rendered(documents: Iterable[Document], tokenizer: Tokenizer, data: Data, fo
             batch.append((document, request))
             size += sum(map(len, texts_of(document.content)))
             if size > _BATCH_CHARACTERS or len(batch) == _BATCH_CHATS:
-                yield from rendering.next_batch(batch)
+                yield from rendering.begin(batch)
                 batch, size = [], 0
-        yield from rendering.next_batch(batch)
-        yield from rendering.next_batch([])
+        yield from rendering.begin(batch)
+        while rendering.ahead:
+            yield from rendering.end_first()
 
 
 class _Rendering:
     """The documents of a dataset on their way through the chat template.
 
     Attributes:
-        ahead: the batch that the template is rendering, each document with its request, None where there is nothing to render.
+        ahead: batches that are being rendered, the first first, each by a process of its own; each document with its request, None
+            where there is nothing to render.
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, found: Found, name: str):
         self._tokenizer, self._data, self._found, self._name = tokenizer, data, found, name
-        self._process = None if tokenizer.chat_template is None else RenderingProcess(tokenizer.chat_template)
+        threads = data.tokenizer_threads if data.tokenizer_threads > 0 else os.cpu_count() or 1
+        count = 0 if tokenizer.chat_template is None else max(1, threads // _THREADS_PER_PROCESS)
+        self._processes = [RenderingProcess(tokenizer.chat_template) for _ in range(count)]
+        self._idle = deque(self._processes)
         self._told = False
-        self.ahead: list[tuple[Document, Request | None]] = []
+        self.ahead: deque[tuple[Batch, RenderingProcess]] = deque()
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
+        for process in self._processes:
+            process.close()
 
     def request(self, document: Document) -> Request | None:
         """What the template has to do for a document."""
         content = document.content
-        if self._process is not None and isinstance(content, Messages):
+        if self._processes and isinstance(content, Messages):
             return "conversation", content.messages, content.tools
-        if self._process is not None and isinstance(content, PromptResponse):
+        if self._processes and isinstance(content, PromptResponse):
             return "prompt", content.prompt
         if isinstance(content, Messages):
             raise UserError(
@@ -90,16 +101,28 @@ class _Rendering:
             self._told = True
         return None
 
-    def next_batch(self, batch: list[tuple[Document, Request | None]]) -> Iterator[Document]:
-        """Lets the template begin with a batch; the documents of the one before."""
-        finished, self.ahead = self.ahead, batch
-        replies = []
-        if self._process is not None:
-            replies = self._process.replies()
-            self._process.send([request for _, request in batch if request is not None])
-        yield from self.finished(finished, replies)
+    def begin(self, batch: Batch) -> Iterator[Document]:
+        """Lets a process begin with a batch; the documents of the first one, if all processes had one."""
+        if not batch:
+            return
+        finished = () if self._idle else self._end_first()
+        process = self._idle.popleft()
+        process.send([request for _, request in batch if request is not None])
+        self.ahead.append((batch, process))
+        if finished:
+            yield from self.finished(*finished)
 
-    def finished(self, batch: list[tuple[Document, Request | None]], replies: list) -> Iterator[Document]:
+    def end_first(self) -> Iterator[Document]:
+        """The documents of the first batch."""
+        yield from self.finished(*self._end_first())
+
+    def _end_first(self) -> tuple[Batch, list]:
+        batch, process = self.ahead.popleft()
+        replies = process.replies()
+        self._idle.append(process)
+        return batch, replies
+
+    def finished(self, batch: Batch, replies: list) -> Iterator[Document]:
         """A batch with its contents rendered, without what is dropped.
 
         Args:

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from spectitan.chats.conversation import Renderer
+from spectitan.data import rendering
 from spectitan.data.documents import Found, Messages, PromptResponse
 from spectitan.data.documents.reading import Document
 from spectitan.data.encoding import encode
@@ -124,7 +125,9 @@ def test_a_bos_that_the_template_writes_is_not_doubled(tmp_path):
         assert ids[0] == tokenizer.bos_id and ids.tolist().count(tokenizer.bos_id) == 1
 
 
-def test_chats_prompts_and_texts_keep_their_order_and_what_is_left_out_is_counted(tmp_path):
+@pytest.mark.parametrize(("threads", "chats"), [(1, 256), (13, 7)], ids=["one process", "three processes"])
+def test_chats_prompts_and_texts_keep_their_order_and_what_is_left_out_is_counted(tmp_path, monkeypatch, threads, chats):
+    monkeypatch.setattr(rendering, "_BATCH_CHATS", chats)
     tokenizer = load_tokenizer(chat_folder(tmp_path / "base", template("thinking", False), TEMPLATES["thinking"][1]))
     contents, expected = [], []
     for number in range(600):  # more than one batch
@@ -137,7 +140,7 @@ def test_chats_prompts_and_texts_keep_their_order_and_what_is_left_out_is_counte
         else:
             contents.append(Messages(THOUGHTS[0] if kind == 4 else content))
         expected.append("naïve" if kind == 4 else f"{number}")
-    results, found = contents_of(contents, tokenizer, tmp_path)
+    results, found = contents_of(contents, tokenizer, tmp_path, tokenizer_threads=threads)
     assert len(results) == 600
     for content, said in zip(results, expected):
         assert content == said if isinstance(content, str) else f"user\n{said}<|im_end|>" in content.text
