@@ -137,7 +137,7 @@ def _fill(
     """Places the parts. Of one length they are taken in a pseudo-random order, so that neighbours in the files do not share a row."""
     for run in placed:
         rows[1 + run.first_row : 1 + run.first_row + run.rows] += run.each
-    rows[1:] = np.cumsum(rows[1:]) - rows[1:]  # where each begins; as it fills, where the next part goes; full, where it ends
+    _parts_to_begins(rows[1:])  # as a row fills, where its next part goes; full, where it ends
     first_of_length = np.cumsum(of_length[::-1])[::-1] - of_length
     keys = hash_keys(_ITEM_KEY, torch.arange(len(of_length))).tolist()
     for batch in _batches(placed):
@@ -152,6 +152,16 @@ def _fill(
             begins[places], lengths[places] = chosen[done : done + len(places)], length
             rows[row] += run.each
             done += len(places)
+
+
+def _parts_to_begins(rows: np.ndarray) -> None:
+    """How many parts each row holds -> where it begins, in place."""
+    total = 0
+    for start in range(0, len(rows), _BLOCK_PARTS):
+        block = rows[start : start + _BLOCK_PARTS]
+        ends = total + np.cumsum(block)
+        total = int(ends[-1])
+        block[:] = ends - block
 
 
 def _batches(placed: list[Placed]) -> Iterator[list[Placed]]:

@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from spectitan.config.sections import Data
-from spectitan.data import packing_index
+from spectitan.data import packing, packing_index
 from spectitan.data.corpus import TokenisedDataset
 from spectitan.data.loader import Loader, collate
 from spectitan.data.order import Place
@@ -222,6 +223,28 @@ def test_a_killed_run_leaves_nothing_half_valid(tmp_path, death):
     process.join()
     assert process.exitcode == -signal.SIGKILL and list(shards.folder.glob("packing*.tmp"))
     packed(shards, data, "name"), packed(clean, data, "name")
+    assert contents(shards.folder) == contents(clean.folder)
+
+
+def pack_slowly(folder, data, log):
+    def write(*arguments, real=packing_index.write_index):
+        time.sleep(0.1)
+        with open(log, "a") as file:
+            file.write("written\n")
+        real(*arguments)
+
+    packing.write_index = write
+    assert len(packed(Shards(folder), data, "name")) > 0
+
+
+def test_of_several_processes_one_packs_and_the_others_wait(tmp_path):
+    data, lengths = Data(packing="best_fit", seq_length=17), awkward_lengths(17)
+    shards, clean = make_shards(tmp_path / "together", lengths), make_shards(tmp_path / "clean", lengths)
+    together = [start(pack_slowly, shards.folder, data, tmp_path / "log") for _ in range(3)]
+    for process in together:
+        process.join()
+    assert [process.exitcode for process in together] == [0, 0, 0] and (tmp_path / "log").read_text() == "written\n"
+    packed(clean, data, "name")
     assert contents(shards.folder) == contents(clean.folder)
 
 
