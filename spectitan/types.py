@@ -18,7 +18,7 @@ class TokenBatch(NamedTuple):
 
     tokens: Tensor  # int64 [batch, seq]
     loss_mask: Tensor  # bool [batch, seq]; True: this token may be a target
-    document_ids: Tensor  # int64 [batch, seq]; unique in the batch, -1 is padding; positions restart with each document
+    document_ids: Tensor  # int64 [batch, seq]; unique in the batch, -1 is padding, at the end; positions restart with each document
     index: Tensor  # int64 [batch]; place in the global order of samples: the key of all randomness, and the audit
     sample_ids: Tensor  # int64 [batch]; (dataset << 40) + sample, the same in every epoch: the key of cached hidden states
     state_mask: Tensor | None = None  # bool [batch, seq]; False: no drafter starts from this row; None: from every row

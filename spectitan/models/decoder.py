@@ -119,7 +119,8 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int64 [batch, m].
-            document_ids: int64 [batch, m], equal inside a document, -1 for padding; None: one document a row. Not with a cache.
+            document_ids: int64 [batch, m], equal inside a document, -1 for padding, which ends a row; None: one document a row. Not
+                with a cache.
             cache: from `new_cache`.
             positions: int64 [batch, m]; None: as described above.
             mask: bool [batch, m, slots], which slots a token sees, itself included, for trees; slots may end at the last one
@@ -153,8 +154,9 @@ class Decoder(nn.Module):
         """Positions int64 [batch or 1, seq], and the bias of attention, None where it is plainly causal."""
         length, window = tokens.shape[1], self.sliding_window
         index = torch.arange(length, device=tokens.device)
-        if document_ids is not None and document_ids.device.type == "cpu" and bool((document_ids == document_ids[:, :1]).all()):
-            document_ids = None  # on a GPU this question would wait for the device
+        if document_ids is not None and document_ids.device.type == "cpu":  # on a GPU this question would wait for the device
+            if bool(((document_ids == document_ids[:, :1]) | (document_ids < 0)).all()):
+                document_ids = None  # one document a row, which does not see the padding after it
         if positions is None:
             positions = index[None] if document_ids is None else positions_in_documents(document_ids)
         if document_ids is None and not 0 < window < length:

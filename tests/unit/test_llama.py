@@ -97,6 +97,11 @@ def test_packed_documents_equal_each_alone(window):
     assert packed.final.isfinite().all()
     one_each = model(tokens, torch.tensor([[3] * 19, [4] * 19])).final  # takes the path without a mask
     assert torch.allclose(one_each, model(tokens).final, atol=1e-12)
+    padded = torch.tensor([[3] * 13 + [-1] * 6, [4] * 19])  # so does this: padding is seen by nothing
+    assert (model._document_attention(tokens, padded, None, torch.float64)[1] is None) == (window < 0)
+    one_each = model(tokens, padded).final
+    assert torch.allclose(one_each[0, :13], model(tokens[:1, :13]).final[0], atol=1e-12)
+    assert torch.allclose(one_each[1], model(tokens[1:]).final[0], atol=1e-12) and one_each.isfinite().all()
 
 
 def test_equal_ids_apart_are_two_documents_only_in_position():
