@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -101,7 +102,8 @@ class Loader:
         self.counts = {dataset.name: _counts(dataset, of_dataset) for dataset, of_dataset in zip(datasets, samples)}
         self.reasons = _reasons(self.counts.values())
         self.fingerprints = {dataset.name: dataset.shards.folder.name if dataset.shards else "" for dataset in datasets}
-        self.shares = {name: weight / sum(weights) for name, weight in zip(self.datasets, weights)}
+        whole = sum(map(Fraction, weights))  # of floats, it could be infinite
+        self.shares = {name: float(Fraction(weight) / whole) for name, weight in zip(self.datasets, weights)}
         self._global_batch_size = global_batch_size
         self._micro_batches = global_batch_size // (world_size * micro_batch_size)
         self._handed_out = 0

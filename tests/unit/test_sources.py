@@ -240,7 +240,14 @@ def test_a_dataset_of_weight_0_is_not_even_opened(tmp_path):
 
 @pytest.mark.parametrize(
     ("weights", "shares"),
-    [([], (2 / 3, 1 / 3)), ([1, 1], (0.5, 0.5)), ([0.25, 0], (1, 0)), ([1e-9, 3e-9], (0.25, 0.75)), ([7725, 25], (7725 / 7750, 25 / 7750))],
+    [
+        ([], (2 / 3, 1 / 3)),
+        ([1, 1], (0.5, 0.5)),
+        ([0.25, 0], (1, 0)),
+        ([1e-9, 3e-9], (0.25, 0.75)),
+        ([1e308, 1e308], (0.5, 0.5)),
+        ([7725, 25], (7725 / 7750, 25 / 7750)),
+    ],
 )
 def test_shares_are_those_of_the_weights_or_of_the_tokens(tmp_path, weights, shares):
     for name, count in {"a": 20, "b": 10}.items():
