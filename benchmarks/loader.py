@@ -6,10 +6,16 @@
 The corpus is synthetic: documents of log-normal length (median 600 tokens, uint16 ids). Before each cold run its files are put
 out of the page cache; "read" is what the kernel then really fetched for this process, so it shows that the run was cold (a run
 with workers reads in other processes and shows none). All samples of a run are different ones. Linux.
+
+A second corpus has the index of `--documents` documents of 210,000 tokens on average, over files of ids that are holes: 10^7 of them
+are more than 10^9 samples of 2,048 tokens. Starts at sample 0 and 10^9 are timed in processes of their own, index not in memory:
+opening (shards, packing, order), the first batch, and what both add to the resident memory. The very first opening of a corpus walks the
+index once, for the counts of what is split.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
@@ -27,6 +33,7 @@ from spectitan.data.shards import Shards, ShardWriter
 MICRO_BATCH_TOKENS = 16_384
 VOCAB_SIZE = 32_000
 FAR = 10**9
+HOLE_TOKENS = 210_000
 
 
 def main() -> None:
@@ -34,6 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**26, help="size of the corpus")
     parser.add_argument("--run-tokens", type=int, default=2**24, help="at most as many are read in a run")
     parser.add_argument("--training-tokens-per-second", type=float, default=5000.0, help="what the loader is compared with")
+    parser.add_argument("--documents", type=int, default=10**7, help="in the corpus of holes")
     parser.add_argument("--folder", default=None, help="where the corpus is made for the time of the run; its disk is what is measured")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "loader.json"))
     arguments = parser.parse_args()
@@ -48,11 +56,14 @@ def main() -> None:
             for cold in (True, False)
         ]
         starts = [measure_start(Path(folder), position) for position in (0, FAR)]
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        index = measure_index(Path(folder), arguments.documents)
     for row in speeds:
         row["times_training"] = row["tokens_per_second"] / arguments.training_tokens_per_second
     report = {
         "speed": speeds,
         "start": starts,
+        "index": index,
         "corpus_tokens": arguments.tokens,
         "training_tokens_per_second": arguments.training_tokens_per_second,
         "cores": os.cpu_count(),
@@ -71,6 +82,65 @@ def make_corpus(folder: Path, tokens: int) -> None:
         length = min(int(generator.lognormal(np.log(600), 1.0)) + 2, tokens - writer.tokens)
         writer.add(generator.integers(0, VOCAB_SIZE, length, dtype=np.uint32))
     writer.finish({"bytes": 4 * tokens, "held_out": 0, "dropped": {}, "skipped": []})
+
+
+class HoleWriter(ShardWriter):
+    """Writes documents whose ids are zeros that take no room."""
+
+    def add_hole(self, length: int) -> None:
+        self.add(np.zeros(0, np.uint32))
+        self._file.seek(length * self._dtype.itemsize, os.SEEK_CUR)
+        self._in_file += length
+        self.tokens += length
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.truncate()
+        super()._close_file()
+
+    def finish_with(self, lengths: np.ndarray) -> None:
+        """The index gets these lengths instead of the zeros that `add` has noted."""
+        self._lengths.flush()
+        (self._folder / "lengths.tmp").write_bytes(lengths.astype(np.int64).tobytes())
+        self.finish({"bytes": 0, "held_out": 0, "dropped": {}, "skipped": []})
+
+
+def measure_index(folder: Path, documents: int) -> dict:
+    """Time to write and to open an index of so many documents, and to start at sample 0 and far into its order."""
+    lengths = np.random.default_rng(0).lognormal(np.log(HOLE_TOKENS), 0.3, documents).astype(np.int64) + 2
+    start = time.perf_counter()
+    writer = HoleWriter(folder, VOCAB_SIZE)
+    for length in lengths.tolist():
+        writer.add_hole(length)
+    added = time.perf_counter()
+    writer.finish_with(lengths)
+    written = time.perf_counter()
+    report = {"documents": documents, "tokens": writer.tokens, "seconds_of_adding": added - start, "seconds_of_index": written - added}
+    report["bytes"] = sum((folder / f"{name}.npy").stat().st_size for name in ("offsets", "order", "stream"))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        report["very_first"] = processes.apply(measure_far_start, (folder, 0))
+        samples = report["very_first"]["samples"]
+        report["starts"] = [processes.apply(measure_far_start, (folder, position)) for position in (0, min(FAR, samples - 1)) * 3]
+    return report
+
+
+def measure_far_start(folder: Path, position: int) -> dict:
+    empty_cache(folder)
+    memory, start = resident_memory(), time.perf_counter()
+    loader = open_loader(folder, 2048, 0, position)
+    opened = time.perf_counter()
+    next(loader)
+    return {
+        "position": position,
+        "samples": loader.samples_per_epoch,
+        "milliseconds_to_open": 1000 * (opened - start),
+        "milliseconds_to_first_batch": 1000 * (time.perf_counter() - opened),
+        "megabytes_resident": (resident_memory() - memory) / 1e6,
+    }
+
+
+def resident_memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def open_loader(folder: Path, seq_length: int, workers: int, position: int) -> Loader:
@@ -133,6 +203,16 @@ def print_tables(report: dict) -> None:
         )
     for row in report["start"]:
         print(f"first batch from sample {row['position']:,} of the order: {row['milliseconds_to_first_batch']:.0f} ms (cold)")
+    index = report["index"]
+    print(
+        f"index of {index['documents']:,} documents, {index['tokens']:,} tokens: {index['bytes'] / 1e6:,.0f} MB, "
+        f"written in {index['seconds_of_index']:.1f} s"
+    )
+    for row in (index["very_first"], *index["starts"]):
+        print(
+            f"  at sample {row['position']:,} of {row['samples']:,}: opened in {row['milliseconds_to_open']:.1f} ms, first batch after "
+            f"{row['milliseconds_to_first_batch']:.1f} ms more, {row['megabytes_resident']:.1f} MB resident{' (the very first)' * (row is index['very_first'])}"
+        )
 
 
 if __name__ == "__main__":

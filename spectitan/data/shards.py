@@ -24,7 +24,7 @@ from spectitan.data.order import permuted
 from spectitan.files import sync
 
 FORMAT_VERSION = 3
-SHARD_TOKENS = 2**28  # a new file is begun after this many ids
+SHARD_TOKENS = 2**32  # a new file is begun after this many ids: a mapped file keeps a descriptor, of which a process has about 1,000
 _INDEX_ROWS = 2**20  # index rows in memory at once
 _ORDER_KEY = 0x5EC717A2  # chooses the fixed permutation of documents
 
