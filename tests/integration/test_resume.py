@@ -207,12 +207,13 @@ def test_load_path_starts_from_another_runs_checkpoint(world, whole, tmp_path, l
     assert f"resumed from {tiny.checkpoint(tmp_path / 'run', STEPS)}" in logged.text
 
 
-def test_a_checkpoint_from_before_there_were_counters_of_skipped_steps(world, whole, tmp_path):
+def test_a_checkpoint_from_before_there_were_packings_and_counters_of_skipped_steps(world, whole, tmp_path):
     """Step 8 lies between two reports."""
     old = Path(shutil.copytree(tiny.checkpoint(whole, 8), tmp_path / "old"))
     state = read_state(old)
-    for name in ("unsupervised_steps", "skipped", "skipped_in_a_row"):
+    for name in ("unsupervised_steps", "skipped", "skipped_in_a_row", "tokens"):
         del state["report"][name]
+    del state["identity"]["data.packing"], state["identity"]["data.overlong"]
     tiny.put_into(old, "state.json", json.dumps(state).encode())
     assert train.main(world.flags(tmp_path / "run", **RUN, checkpoint__load_path=old)) == 0
     tiny.assert_same_training(tmp_path / "run", whole, STEPS)
