@@ -89,7 +89,8 @@ def evaluate_models(
         eos = eos_ids(base.config, tokenizer.eos_id)
         report |= measure(base, speculator, prompts, config, eos_id=eos, seed=seed, overlap=overlap)
     if validation:
-        report |= base_heldout(base, tokenizer, validation)
+        if base.readout.plain_head:
+            report |= base_heldout(base, tokenizer, validation)
         if speculator is not None:
             source = OnlineStates(base, speculator.taps, frozen=True)
             report |= heldout_report(speculator.metrics, *heldout_sums(speculator, source, validation, base.readout))

@@ -6,6 +6,7 @@ import torch
 
 from spectitan.config.manager import Config
 from spectitan.errors import UserError
+from spectitan.models.decoder import DecoderConfig
 from spectitan.models.weights import fingerprint, save_hf
 from spectitan.speculators.serve_notes import serve_notes
 from spectitan.speculators.serving import choose_format, name_of_base, write_folder
@@ -61,7 +62,7 @@ def export_run(config: Config) -> None:
     if has_base:  # not the one at base.path any more
         base_name = base_name or base_target.name
     readout = load_base(config, torch.float32)[0].readout if speculator.borrowed else None
-    write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path), readout)
+    write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path, base_config), readout)
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
     served = str(base_target) if written_base and not config.export.base_name else name_of_base(base_path, base_name)
     print("\n".join(serve_notes(format, str(target), served, speculator.steps)))
@@ -76,11 +77,11 @@ def _export_base(config: Config, trained: Trained, target: Path) -> None:
     print(f"{target}: the base of {trained.path}, in Hugging Face layout")
 
 
-def _fingerprint(config: Config, trained: Trained, base_path: Path) -> str:
+def _fingerprint(config: Config, trained: Trained, base_path: Path, base_config: DecoderConfig) -> str:
     """Of the base that the speculator was trained for, which has to be the base of the folder."""
     recorded = base_fingerprint(config, trained)
     if config.base.allow_other or not trained.keys.get("base.freeze", True):
         return recorded
-    found = fingerprint(base_path)
+    found = fingerprint(base_path, base_config)
     check_base(config, trained, found)
     return recorded or found

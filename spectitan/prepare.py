@@ -166,7 +166,7 @@ def generate_data(config: Config, tokenizer: Tokenizer, prompts: int) -> None:
     dtype = resolve_compute_dtype(config.training.compute_dtype, device)
     sampling = {name: value for name, value in dataclasses.asdict(config.stage2).items() if name not in ("start_step", "batch_size")}
     settings = {
-        "base": fingerprint(config.base.path),
+        "base": fingerprint(config.base.path, choose_config(config.base.arch, config.base.variant, config.base.path)),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "data": loader.fingerprints,
         "data.weights": config.data.weights,

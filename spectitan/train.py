@@ -93,7 +93,7 @@ class Trainer:
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run
         saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
-        base_weights = "random" if config.base.init == "random" else fingerprint(self.base_path)
+        base_weights = "random" if config.base.init == "random" else fingerprint(self.base_path, base_config)
         self.speculator = self._make_speculator(base_config, base_weights)
         if config.export.format not in ("hf", "none") and config.speculator.type != "none":
             choose_format(self.speculator, config.export.format)
@@ -178,6 +178,11 @@ class Trainer:
         config = self.config
         dtype = self.compute_dtype if config.base.freeze else master_dtype(self.compute_dtype)
         self.base = get_model(config.base.arch, config.base.variant, self.base_path, init=config.base.init, dtype=dtype, device="meta")
+        if self.speculator.needs_base_head and not self.base.readout.plain_head:
+            raise UserError(
+                f"{self.base_path}: this base scales, caps or biases its logits, and the speculator or its loss asks for the head alone; "
+                'allowed: speculator.type = mlp or lstm with objective.loss = "ce"'
+            )
         if config.base.freeze and config.stage2.start_step < 0 and not self.speculator.needs_base_head:
             self.base.readout.drop_head()
         if config.speculator.type != "none" and not self.fine_tunes:
@@ -187,7 +192,8 @@ class Trainer:
             apply_tp(self.base, arch_of(self.base.config), self.world.tp_mesh)
         if config.base.activation_checkpointing:
             apply_activation_checkpointing(self.base.layers)
-        apply_compile(config.compile.enabled, self.device, self.base.layers)
+        if config.base.arch != "hf":  # transformers' own code runs as it is
+            apply_compile(config.compile.enabled, self.device, self.base.layers)
         apply_fsdp(
             self.base, self.speculator, self.world.mesh, self.compute_dtype,
             freeze_base=config.base.freeze, speculator_mesh=self.world.speculator_mesh,

@@ -122,6 +122,8 @@ def _check_training(config: Config) -> None:
 
 
 def _check_what_is_trained(config: Config) -> None:
+    if config.base.arch == "hf":
+        _check_hf(config)
     training, base, family, exported = config.training, config.base, config.speculator.type, config.export.format
     if base.freeze:
         _require(family != "none", 'speculator.type = "none" with base.freeze = true leaves nothing to train; allowed: base.freeze = false')
@@ -152,6 +154,18 @@ def _check_draft_config(config: Config) -> None:
         )
     path = config.speculator.path
     _require(not path, f"speculator.draft_config and speculator.path = {path!r}, which has a decoder already; allowed: one of them")
+
+
+def _check_hf(config: Config) -> None:
+    """What transformers' own models cannot do here."""
+    base, given = config.base, 'with base.arch = "hf"'
+    parallelism = config.parallelism
+    is_split = parallelism.sharding_strategy == "tp" or parallelism.tp_size > 1
+    _require(base.variant == "auto", f"base.variant = {base.variant!r} {given}; allowed: auto")
+    _require(base.freeze, f"base.freeze = false {given}, which runs a frozen base; allowed: true")
+    _require(base.init == "pretrained", f"base.init = {base.init!r} {given}, which runs a frozen base; allowed: pretrained")
+    _require(not is_split, f"tensor parallelism {given}; allowed: parallelism.sharding_strategy = none, fsdp or hsdp")
+    _require(config.compile.enabled != "true", f"compile.enabled = true {given}, whose blocks are not compiled; allowed: auto, false")
 
 
 def _check_schedule(config: Config) -> None:

@@ -33,8 +33,9 @@ class Base:
     arch: str = key(
         "auto",
         "architecture of the base model; auto: by config.json's model_type. embedllama: Llama, Qwen2, Qwen3, Mistral; embedmixtral: Mixtral; "
-        "embedgptbigcode: StarCoder, Granite code 20b and 34b",
-        choices=("auto", "embedllama", "embedmixtral", "embedgptbigcode"),
+        "embedgptbigcode: StarCoder, Granite code 20b and 34b; hf: any other decoder that transformers loads, frozen, without tensor "
+        'parallelism and compilation (pip install "spectitan[hf]")',
+        choices=("auto", "embedllama", "embedmixtral", "embedgptbigcode", "hf"),
     )
     variant: str = key("auto", "a registered variant (7b, 8b, 70b, ...); auto reads config.json in base.path")
     path: str = key(

@@ -1,9 +1,10 @@
-"""The architectures that are implemented here: base.arch -> config and model."""
+"""The architectures of bases: base.arch -> config and model."""
 
 import torch
 
 from spectitan.models.decoder import Decoder, DecoderConfig
 from spectitan.models.gpt_bigcode import EmbedGPTBigCode, GPTBigCodeConfig
+from spectitan.models.hf_adapter import HFConfig, HFDecoder
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.mixtral import EmbedMixtral, MixtralConfig
 
@@ -11,8 +12,9 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "embedllama": EmbedLLaMA,
     "embedmixtral": EmbedMixtral,
     "embedgptbigcode": EmbedGPTBigCode,
+    "hf": HFDecoder,
 }
-_ARCH_OF = {LlamaConfig: "embedllama", MixtralConfig: "embedmixtral", GPTBigCodeConfig: "embedgptbigcode"}
+_ARCH_OF = {LlamaConfig: "embedllama", MixtralConfig: "embedmixtral", GPTBigCodeConfig: "embedgptbigcode", HFConfig: "hf"}
 
 
 def arch_of(config: DecoderConfig) -> str:
@@ -22,5 +24,7 @@ def arch_of(config: DecoderConfig) -> str:
 
 def build_on_meta(config: DecoderConfig) -> Decoder:
     """A model of shapes without weights."""
+    if isinstance(config, HFConfig):  # its buffers are made where it is built, not read
+        return HFDecoder(config)
     with torch.device("meta"):
         return ARCHITECTURES[arch_of(config)](config)

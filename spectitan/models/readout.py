@@ -22,7 +22,12 @@ class Readout(nn.Module):
         norm_eps: epsilon of the final norm.
         tied: head and embedding are one parameter.
         norm: class of the final norm, nn.RMSNorm or nn.LayerNorm.
+
+    Attributes:
+        plain_head: logits are the product with head.weight and nothing else, as fused losses take for granted.
     """
+
+    plain_head = True
 
     def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float, tied: bool, norm: type[nn.Module] = nn.RMSNorm):
         super().__init__()

@@ -10,6 +10,7 @@ from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import ARCHITECTURES, arch_of, build_on_meta
 from spectitan.models.gpt_bigcode import GPTBigCodeConfig
+from spectitan.models.hf_adapter import HFDecoder, fill_hf, read_hf_config
 from spectitan.models.hf_config import read_config
 from spectitan.models.layers import RopeScaling
 from spectitan.models.llama import LlamaConfig
@@ -96,7 +97,7 @@ _VARIANTS: dict[str, dict[str, DecoderConfig]] = {
 
 def register_model(arch: str, variant: str, config: DecoderConfig) -> None:
     """Adds a named size. Registering a name anew replaces it."""
-    _check_choice("base.arch", arch, ARCHITECTURES)
+    _check_choice("base.arch", arch, _VARIANTS)
     _VARIANTS[arch][variant] = config
 
 
@@ -112,7 +113,7 @@ def get_model(
     """A base model with its weights.
 
     Args:
-        arch: embedllama, embedmixtral, embedgptbigcode, or auto: as config.json in `path`, or the variant, says.
+        arch: embedllama, embedmixtral, embedgptbigcode, hf (whatever transformers loads), or auto: as config.json in `path`, or the variant, says.
         variant: a registered size, or "auto": config.json in `path` says it.
         path: folder in Hugging Face layout, or spectitan:NAME.
         init: "pretrained" reads the weights in `path`; "random" draws them.
@@ -127,7 +128,11 @@ def get_model(
     config = choose_config(arch, variant, path)
     if init == "pretrained" and not path:
         raise UserError('base.path is empty: base.init = "pretrained" needs a folder with weights; base.init = "random" does not')
-    model = build_on_meta(config).to(dtype)
+    if arch_of(config) == "hf" and init != "pretrained":
+        raise UserError(f'base.init = "{init}" with base.arch = "hf", which runs a frozen base; allowed: pretrained')
+    model = build_on_meta(config)
+    for parameter in model.parameters():  # not `to`: rotary frequencies stay as they are
+        parameter.data = parameter.data.to(dtype)
     if torch.device(device).type == "meta":
         return model
     fill_model(model.to_empty(device=device), path, init, seed)
@@ -136,7 +141,9 @@ def get_model(
 
 def fill_model(model: nn.Module, path: str | Path = "", init: str = "pretrained", seed: int = 0) -> None:
     """Gives every parameter of a model, sharded or not, its value. Arguments and errors: see `get_model`."""
-    if init == "pretrained":
+    if isinstance(model, HFDecoder):
+        fill_hf(model, resolve_base_path(path))
+    elif init == "pretrained":
         load_hf(model, path)
     else:
         model.init_weights(torch.Generator().manual_seed(seed))
@@ -160,6 +167,8 @@ def choose_config(arch: str, variant: str, path: str | Path) -> DecoderConfig:
 
 
 def _read_config(arch: str, path: str | Path) -> DecoderConfig:
+    if arch == "hf":
+        return read_hf_config(resolve_base_path(path))
     config = read_config(resolve_base_path(path))
     if arch not in ("auto", arch_of(config)):
         raise UserError(f"base.arch = {arch!r}: config.json in {path} is of {arch_of(config)}; allowed there: that, or auto")

@@ -40,12 +40,18 @@ def list_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Name -> file and shape of every tensor of a folder, all files checked. Raises as `locate_tensors`."""
     promised = _read_index(folder)
     located = {}
-    for file in sorted({folder / SINGLE} if promised is None else set(promised.values())):
+    for file in weight_files(folder):
         for name, shape in read_header(file).items():
             if promised is not None and promised.get(name) != file:
                 raise UserError(f"{file}: tensor {name} is not what {INDEX} says of this file")
             located[name] = file, shape
     return located
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors, unopened. Raises as `locate_tensors`."""
+    promised = _read_index(folder)
+    return sorted({folder / SINGLE} if promised is None else set(promised.values()))
 
 
 def check_tensors(where: Path, found: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], ignored: set[str]) -> None:

@@ -20,10 +20,11 @@ from spectitan.errors import UserError
 from spectitan.files import replace_folder
 from spectitan.models.decoder import Decoder, DecoderConfig
 from spectitan.models.families import build_on_meta
+from spectitan.models.hf_adapter import HFConfig
 from spectitan.models.hf_config import config_to_json, read_config
 from spectitan.models.hf_layout import HFLayout
 from spectitan.models.layers import own_part
-from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors
+from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors, weight_files
 
 _HEAD = "lm_head.weight"
 _FINGERPRINT_NUMBERS = 256  # of each tensor
@@ -120,19 +121,25 @@ def save_hf(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fingerprint(source: nn.Module | str | Path) -> str:
+def fingerprint(source: nn.Module | str | Path, config: DecoderConfig | None = None) -> str:
     """Hex identity of a base, by which another one is refused later. Every rank calls it.
 
     A hash of what the config says about the function, and of a piece of every tensor in bfloat16: the same for a folder, the
     model read from it, and a copy in a wider dtype.
+
+    Args:
+        source: a model or a folder.
+        config: of a folder; None: what config.json there says. transformers' models are identified by their folders.
     """
+    if isinstance(source, nn.Module) and isinstance(source.config, HFConfig):
+        source, config = source.config.folder, source.config
     if isinstance(source, nn.Module):
         config = source.config
         pieces = ((name, _middle(tensor)) for name, tensor in HFLayout(source).stored_tensors(source))
     else:
         folder = resolve_base_path(source)
-        config = read_config(folder)
-        pieces = _stored_pieces(folder, config)
+        config = config or read_config(folder)
+        pieces = _all_pieces(folder) if isinstance(config, HFConfig) else _stored_pieces(folder, config)
     digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode())
     for name, piece in sorted(pieces, key=lambda pair: pair[0]):
         digest.update(name.encode())
@@ -154,6 +161,15 @@ def _stored_pieces(folder: Path, config: DecoderConfig) -> Iterator[tuple[str, T
             for name in files:
                 if files[name] == file:
                     yield name, _middle(tensors.get_tensor(name))
+
+
+def _all_pieces(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in weight_files(folder):
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and tensor.dim():
+                    yield name, _middle(tensor)
 
 
 def _write_tensors(model: Decoder, folder: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:

@@ -132,10 +132,13 @@ def documents_of(batch):
             yield document, row[ids == document]
 
 
-def plain_training(flags: list[str]) -> tuple[torch.nn.Module, list[float]]:
+def plain_training(flags: list[str], base_of=None) -> tuple[torch.nn.Module, list[float]]:
     """The trained module and the loss of every step, by autograd, torch.optim.AdamW and torch's clipping, in float64."""
     config = load(flags, "train", SPECULATOR_CONFIGS)
-    base = get_model("auto", "auto", config.base.path, init=config.base.init, dtype=torch.float32, seed=config.job.seed).double()
+    if base_of is None:
+        base = get_model("auto", "auto", config.base.path, init=config.base.init, dtype=torch.float32, seed=config.job.seed).double()
+    else:
+        base = base_of(config.base.path)
     speculator = None
     if config.speculator.type != "none":
         speculator = build_speculator(config.speculator.type, config.speculator, base.config, config.objective)

@@ -187,7 +187,7 @@ def test_shipped_and_other_paths(stored, tmp_path, monkeypatch):
 
 
 def test_models_by_name(stored, monkeypatch):
-    assert "base.arch = 'gpt': allowed: auto, embedllama, embedmixtral, embedgptbigcode" in refusal(get_model, "gpt", "7b")
+    assert "base.arch = 'gpt': allowed: auto, embedllama, embedmixtral, embedgptbigcode, hf" in refusal(get_model, "gpt", "7b")
     assert "base.variant = '9b': allowed: auto, 7b, " in refusal(get_model, "embedllama", "9b")
     assert "base.init = 'zero': allowed: pretrained, random" in refusal(get_model, "embedllama", "auto", stored, "zero")
     assert refusal(get_model, "embedllama", "7b").startswith("base.path is empty")
