@@ -1,5 +1,6 @@
-"""The end of a run: its report and its export, unless an earlier start has written them."""
+"""The end of a run: its report and its export, unless an earlier start has written them for the same step and keys."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -50,18 +51,23 @@ def finish_run(config: Config, checkpoint: Path, step: int, measurable: bool) ->
         measurable: there are prompts or held-out text.
     """
     folder = Path(config.job.dump_folder)
-    if config.eval.at_end and measurable and _reported_step(folder) != step:
+    record = folder / "finished.json"
+    done = _read_record(record)
+    evaluated, exported = ({"step": step} | dataclasses.asdict(section) for section in (config.eval, config.export))
+    if config.eval.at_end and measurable and not (done.get("eval") == evaluated and (folder / "report.json").is_file()):
         evaluate_run(config)
-    if config.export.format != "none" and _is_older(export_folder(config) / "config.json", checkpoint / "state.json"):
+        done["eval"] = evaluated
+        record.write_text(json.dumps(done, indent=1))
+    if config.export.format != "none" and not (done.get("export") == exported and (export_folder(config) / "config.json").is_file()):
         export_run(config)
+        done["export"] = exported
+        record.write_text(json.dumps(done, indent=1))
 
 
-def _reported_step(folder: Path) -> int | None:
+def _read_record(path: Path) -> dict:
+    """Of what was written last by which keys, at which step. Without it all is written again."""
     try:
-        return json.loads((folder / "report.json").read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or no report of ours
-        return None
-
-
-def _is_older(file: Path, than: Path) -> bool:
-    return not file.exists() or file.stat().st_mtime < than.stat().st_mtime
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -268,8 +268,9 @@ class Trainer:
         datasets = torch.cat([(batch.sample_ids >> SAMPLE_BITS).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
         by_dataset = torch.bincount(datasets, minlength=len(self.loader.datasets))
         tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
-        flags = torch.tensor([stop.requested is not None, stop.save_requested, sample_hash, tokens])
-        stop.save_requested = False
+        # Cleared before it is acted on: a signal that arrives in between counts for the next step.
+        save_requested, stop.save_requested = stop.save_requested, False
+        flags = torch.tensor([stop.requested is not None, save_requested, sample_hash, tokens])
         summed = utils.sum_over_ranks(torch.cat([flags, counts, by_dataset]))
         stopping, saving = bool(summed[0]), bool(summed[1])
         counts, by_dataset = summed[4 : 4 + len(counts)], summed[4 + len(counts) :]

@@ -61,7 +61,7 @@ def test_a_base_alone_is_trained_and_transformers_reads_it(base_run):
 
 def test_a_run_leaves_what_it_promises(world, run):
     names = {path.name for path in run.iterdir()}
-    assert names == {".lock", "acceptance.svg", "checkpoints", "config.toml", "export", "metrics.jsonl", "report.json", "tensorboard"}
+    assert names == {".lock", "acceptance.svg", "checkpoints", "config.toml", "export", "finished.json", "metrics.jsonl", "report.json", "tensorboard"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000030", "step-00000040"]
     assert list((run / "tensorboard").glob("events*"))
 
