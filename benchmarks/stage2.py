@@ -60,7 +60,8 @@ def main() -> None:
 
     device = choose_device()
     dtype = resolve_compute_dtype(arguments.dtype, device)
-    report = {"machine": describe_machine(device), "setup": vars(arguments) | {"dtype": str(dtype).removeprefix("torch.")}}
+    setup = {key: value for key, value in vars(arguments).items() if key != "output"}
+    report = {"machine": describe_machine(device), "setup": setup | {"dtype": str(dtype).removeprefix("torch.")}}
     load = report["machine"]["load_average_before"]
     print(f"{report['machine']['name']}, {arguments.threads} threads, {dtype}, torch {torch.__version__}, load {load:.1f} before the run")
     report["sampling"] = measure_sampling(arguments, device, dtype)

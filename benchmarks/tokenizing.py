@@ -50,7 +50,7 @@ def main() -> None:
         "of_library": median_ratio(turns, "library", "ours"),
         "of_library_fast": median_ratio(turns, "library_fast", "ours"),
         "line_of_documents": median_ratio(turns, "line", "ours"),
-        "arguments": vars(arguments),
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "output"},
         "bytes": size,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
