@@ -65,6 +65,14 @@ class Loss(NamedTuple):
     counts: Tensor  # int64 [steps]
 
 
+def add_conditional(means: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Means of Loss.sums by name and step, and where a family counts `reached`: cond_accuracy, right among those right so far."""
+    if "reached" not in means:
+        return means
+    pairs = zip(means["full_accuracy"], means["reached"])
+    return means | {"cond_accuracy": [right / reached if reached else 0.0 for right, reached in pairs]}
+
+
 class Draft(NamedTuple):
     """Tokens proposed for verification, on the base's vocabulary."""
 

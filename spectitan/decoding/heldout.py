@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectitan.models.readout import Readout
 from spectitan.speculators.base import Speculator
-from spectitan.types import StateSource, TokenBatch
+from spectitan.types import StateSource, TokenBatch, add_conditional
 
 
 @torch.no_grad()
@@ -34,5 +34,5 @@ def heldout_report(metrics: Sequence[str], sums: Tensor, counts: Tensor) -> dict
 
     Losses are in nats per token.
     """
-    means = (sums / counts.clamp_min(1)).T.tolist()
-    return {**{f"heldout_{name}": values for name, values in zip(metrics, means)}, "heldout_tokens": int(counts[0])}
+    means = add_conditional(dict(zip(metrics, (sums / counts.clamp_min(1)).T.tolist())))
+    return {**{f"heldout_{name}": values for name, values in means.items()}, "heldout_tokens": int(counts[0])}

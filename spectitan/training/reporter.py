@@ -9,6 +9,7 @@ from torch import Tensor
 from spectitan.errors import UserError
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.report_sums import ReportSums
+from spectitan.types import add_conditional
 
 
 # So many steps skipped in a row, with losses that are finite, are no accident: nothing is learned any more.
@@ -65,7 +66,7 @@ class Reporter:
         seconds, steps = time.perf_counter() - self.timed_from, step - self.sums.first_step
         flops = self.work(self.sums.first_step, step, self.sums.counts.tolist(), self.sums.tokens)
         here = (step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
-        means = dict(zip(self.columns[:4], (sums[:, :4] / counts.clamp_min(1)[:, None]).T.tolist()))
+        means = add_conditional(dict(zip(self.columns, (sums / counts.clamp_min(1)[:, None]).T.tolist())))
         part, base = next(iter(grad_norms)), {}
         if len(grad_norms) == 2:  # a joint run: the report is of the speculator, with the base's row beside it
             part, counts = "speculator", counts[1:]

@@ -25,6 +25,8 @@ KINDS = {
     "mlp": {},
     "kl_div": {"objective__loss": "kl_div"},
     "stage2": STAGE2 | {"objective__loss": "kl_div"},
+    "eagle3": {"speculator__type": "eagle3", "speculator__ttt_steps": "2", "speculator__train_head": "true"}
+    | {"speculator__embed_requires_grad": "true", "objective__loss": "kl_div"},
     "base": tiny.BASE_ALONE | {"export__format": "none"},
 }
 KINDS["joint"] = KINDS["kl_div"] | {"base__freeze": "false", "training__detach_states": "false", "base__activation_checkpointing": "true"}
@@ -73,7 +75,7 @@ def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["kl_div", "stage2", "base", "joint"])
+@pytest.mark.parametrize("kind", ["kl_div", "stage2", "eagle3", "base", "joint"])
 def test_two_processes_train_as_one(world, whole, tmp_path, kind):
     started = start_two(world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
     assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()

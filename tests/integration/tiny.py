@@ -70,7 +70,7 @@ class Tiny(NamedTuple):
 
     def flags(self, dump_folder: Path, **changes) -> list[str]:
         """Command line of a run; `training__num_steps=9` is --training.num_steps=9, lists are given as text."""
-        if changes.get("speculator__type") != "none":
+        if changes.get("speculator__type", "mlp") in ("mlp", "lstm"):
             changes = {"speculator__speculator_width": 20} | changes
         texts = {name.replace("__", "."): value for name, value in changes.items()}
         flags = {"job.config_file": self.config, "job.dump_folder": dump_folder} | texts
