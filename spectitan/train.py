@@ -95,6 +95,7 @@ class Trainer:
         saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
         base_weights = "random" if config.base.init == "random" else fingerprint(self.base_path, base_config)
         self.speculator = self._make_speculator(base_config, base_weights)
+        self.speculator.check_device(self.device)
         if config.export.format not in ("hf", "none") and config.speculator.type != "none":
             choose_format(self.speculator, config.export.format)
         self.prompts_per_sample = 1

@@ -1,6 +1,7 @@
 """GPTBigCode (Allal et al. 2023): GPT-2 whose heads share one key and one value; StarCoder and Granite's larger code models."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ _HF_MODULES = {
 @dataclass(frozen=True)
 class GPTBigCodeConfig(DecoderConfig):
     """Shape of a model. -1 means "work it out"."""
+
+    hidden_act: ClassVar[str] = "gelu_pytorch_tanh"
 
     vocab_size: int
     hidden_size: int

@@ -119,6 +119,9 @@ class Speculator(nn.Module):
     def check(self) -> None:
         """Raises UserError if tensors that were read contradict each other."""
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises UserError if a key asks for what cannot be trained there."""
+
     def write_files(self, folder: Path) -> None:
         """Writes into a run's folder what other programs read beside the weights."""
 

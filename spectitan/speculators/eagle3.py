@@ -20,7 +20,7 @@ from spectitan.speculators.base import Pick, Speculator, align_targets, collect_
 from spectitan.speculators.draft_decoder import DraftLayer, adopt_decoder, decoder_of, decoder_to_json, settle_draft_config
 from spectitan.speculators.draft_vocabulary import check_maps, maps_of, read_vocabulary, write_maps
 from spectitan.speculators.speculators_folders import read_speculative_tokens, speculators_config
-from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, cached_bias, document_spans
+from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, cached_bias, choose_backend, document_spans
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
 
@@ -56,8 +56,8 @@ class Eagle3Config:
     t2d_path: str = key("", "t2d.npy, with speculator.d2t_path")
     draft_config: str = key(
         "",
-        "shape of the decoder, instead of the base's: JSON file of a LlamaConfig or Qwen3Config, a folder with config.json, or of a "
-        "whole speculator; hidden_size must be the base's",
+        "shape of the decoder, instead of the base's: JSON file of a LlamaConfig or Qwen3Config, or of a whole speculator; a folder with "
+        "config.json, or organisation/name of Hugging Face's hub; hidden_size must be the base's",
     )
 
     of_training: ClassVar[tuple[str, ...]] = (
@@ -143,6 +143,9 @@ class Eagle3Speculator(Speculator):
         if self.reduced:
             check_maps(self.d2t.cpu(), self.t2d.cpu(), "draft vocabulary")
 
+    def check_device(self, device: torch.device) -> None:
+        choose_backend(self.config.attention, device)
+
     def write_files(self, folder: Path) -> None:
         if self.reduced:
             write_maps(folder, self.d2t, self.t2d)
@@ -186,6 +189,8 @@ class Eagle3Speculator(Speculator):
         targets = align_targets(batch, self.steps)
         later = targets.step > 0
         rows, place = torch.unique(targets.state[later], return_inverse=True)
+        if not len(rows):  # one does go on: ranks that share the base's weights gather them together
+            rows = torch.zeros(1, dtype=torch.int64)
         output = targets.state.clone()
         output[later] = batch.document_ids.numel() + (targets.step[later] - 1) * len(rows) + place
         return replace(targets, extra=(output, rows, document_spans(batch.document_ids)))
@@ -204,7 +209,7 @@ class Eagle3Speculator(Speculator):
                 row_weights = row_weights * inside
 
         def loss_of_head(readout: Readout, hidden: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
-            frozen = self._rows_of_head(readout)
+            frozen = self._rows_of_head(readout)  # what the teacher has, over the draft vocabulary
             head = self.lm_head.weight if self.config.train_head else frozen
             teacher = None if self.loss == "ce" else Teacher(final, frozen, host.teacher)
             total, row_stats = fused_linear_loss(
@@ -214,7 +219,7 @@ class Eagle3Speculator(Speculator):
                 row_stats = row_stats * inside[:, None]
             row_stats[:, 1] *= inside
             if self.reduced and not torch.is_grad_enabled():  # validation: against all of the base's vocabulary
-                row_stats[:, 2] = expected_acceptance(hidden, head, final, readout.head.weight, targets.teacher, self.draft_ids)
+                row_stats[:, 2] = expected_acceptance(hidden, head, final, whole(readout.head.weight), targets.teacher, self.draft_ids)
             return total, row_stats
 
         total, row_stats = readout.call(loss_of_head, hidden, row_weights)
@@ -229,11 +234,11 @@ class Eagle3Speculator(Speculator):
         embedded, memories, outputs = self._embed(text, readout), [Memory() for _ in self.layers], []
         for step in range(self.steps):
             if step == 1:
-                if not len(rows):
-                    break
                 row, position, hidden = rows, position[rows], hidden[:, rows]
             if step and self.config.ttt_tokens == "own":
-                taken_in = self._embed(self._likeliest(outputs[-1][:, rows] if step == 1 else outputs[-1], readout), readout)
+                drafted = self._likeliest(outputs[-1][:, rows] if step == 1 else outputs[-1], readout)
+                # Of all rows: ranks among which the embedding is divided look up as many each.
+                taken_in = self._embed(text.index_copy(0, rows, drafted), readout)[rows]
             else:  # past the end of the batch any token does: no pair there is supervised
                 taken_in = embedded[(row + 1 + step).clamp_max(len(text) - 1)]
             rotation = Rotation.at((position + step)[None], self._frequencies_on(hidden), hidden.dtype)
@@ -261,15 +266,19 @@ class Eagle3Speculator(Speculator):
 
     def _rows_of_head(self, readout: Readout) -> Tensor:
         """[draft_vocab_size, hidden]: the base's head, of the tokens that can be drafted. Inside `readout.call`."""
-        weight = readout.head.weight.detach()
-        return weight.index_select(0, self.draft_ids) if self.reduced else weight
+        weight = readout.head.weight
+        return whole(weight).index_select(0, self.draft_ids) if self.reduced else weight.detach()
+
+    def _head(self, readout: Readout) -> Tensor:
+        """[draft_vocab_size, hidden], without gradient: what drafts are scored by. Inside `readout.call`."""
+        return whole(self.lm_head.weight if self.config.train_head else self._rows_of_head(readout))
 
     @torch.no_grad()
     def _likeliest(self, output: Tensor, readout: Readout) -> Tensor:
         """int64 [R]: the token that each output [1, R, hidden] would draft."""
 
         def choose(readout: Readout, hidden: Tensor) -> Tensor:
-            return argmax_tokens(hidden, self.lm_head.weight if self.config.train_head else self._rows_of_head(readout))
+            return argmax_tokens(hidden, self._head(readout))
 
         ids = readout.call(choose, self.norm(output[0]))
         return self.draft_ids[ids] if self.reduced else ids
@@ -315,7 +324,7 @@ class Eagle3Speculator(Speculator):
         """[batch, hidden] -> [batch, vocab]; -inf for tokens that it cannot draft."""
 
         def score(readout: Readout, hidden: Tensor) -> Tensor:
-            return hidden @ (self.lm_head.weight if self.config.train_head else self._rows_of_head(readout)).T
+            return hidden @ self._head(readout).T
 
         logits = readout.call(score, self.norm(output))
         if not self.reduced:

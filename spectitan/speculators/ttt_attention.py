@@ -61,6 +61,15 @@ def document_spans(document_ids: Tensor) -> Tensor:
     return torch.stack([starts, stops], 1)[ids[starts] >= 0]
 
 
+def choose_backend(name: str, device: torch.device) -> str:
+    """flex, sdpa or eager, of speculator.attention. Raises UserError for one that has no backward on the device."""
+    own, other = ("sdpa", "flex") if device.type == "cpu" else ("flex", "sdpa")
+    if name == other:
+        where = "a CPU" if device.type == "cpu" else "a GPU"
+        raise UserError(f'speculator.attention = "{name}" has no backward on {where}; allowed: auto, {own}, eager')
+    return own if name == "auto" else name
+
+
 class TTTAttention:
     """The attention of one micro-batch.
 
@@ -72,12 +81,8 @@ class TTTAttention:
     """
 
     def __init__(self, backend: str, document_ids: Tensor, spans: Tensor, rows: Tensor):
-        on_cpu = document_ids.device.type == "cpu"
-        backend = ("sdpa" if on_cpu else "flex") if backend == "auto" else backend
-        if backend == ("flex" if on_cpu else "sdpa"):
-            where, allowed = ("a CPU", "auto, sdpa, eager") if on_cpu else ("a GPU", "auto, flex, eager")
-            raise UserError(f'speculator.attention = "{backend}" has no backward on {where}; allowed: {allowed}')
-        self.backend, self.document_ids, self.spans, self.rows = backend, document_ids.flatten(), spans.tolist(), rows
+        self.backend = choose_backend(backend, document_ids.device)
+        self.document_ids, self.spans, self.rows = document_ids.flatten(), spans.tolist(), rows
         self._plans: dict[int, object] = {}  # by reach
 
     def __call__(self, queries: Tensor, memory: Memory, window: int) -> Tensor:

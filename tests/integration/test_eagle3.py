@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectitan import evaluate, export, prepare, train
+from spectitan.speculators.draft_vocabulary import write_maps
 from spectitan.training.checkpoint import read_tensors
 from tests.integration import tiny
 
@@ -46,7 +47,12 @@ def test_a_run_leaves_what_it_promises(run):
 
 def test_checkpoint_and_folder_are_worth_the_same(world, run, tmp_path):
     for place, source in {"a": run, "b": run / "export"}.items():
-        path = {"speculator__path": str(source), "speculator__type": "eagle3", "base__path": f"{world.root}/base", "objective__loss": "kl_div"}
+        path = {
+            "speculator__path": str(source),
+            "speculator__type": "eagle3",
+            "base__path": f"{world.root}/base",
+            "objective__loss": "kl_div",
+        }
         assert evaluate.main(world.flags(tmp_path / place, **path)) == 0
     reports = [json.loads((tmp_path / place / "report.json").read_text()) for place in "ab"]
     for key in ("acceptance_length", "acceptance_by_position", "heldout_loss", "heldout_accuracy", "heldout_alpha"):
@@ -85,3 +91,27 @@ def test_a_run_from_a_folder_and_from_its_config_alone(world, flags, run, tmp_pa
     initial = load_file(tmp_path / "new" / "export" / "model.safetensors")
     assert initial.keys() == before.keys() and torch.equal(initial["d2t"], before["d2t"])
     assert not torch.allclose(initial["fc.weight"], before["fc.weight"])
+
+
+def test_mistakes_are_told_in_one_line(world, flags, run, tmp_path, capsys):
+    """From the program, before anything is tokenised or written."""
+    write_maps(tmp_path, torch.tensor([0, 2]), torch.arange(tiny.VOCAB) < 2)
+    shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "decoder.json").write_text(json.dumps(shape))
+    new = {"speculator__type": "eagle3"}
+    mistakes = {
+        "target_layer_ids = [1, 1]; allowed: different ids from 0 to the base's 2 layers": {"target_layer_ids": "1,1"},
+        "target_layer_ids = [3]; allowed: different ids": {"target_layer_ids": "3"},
+        "d2t and t2d contradict each other": {"d2t_path": tmp_path / "d2t.npy", "t2d_path": tmp_path / "t2d.npy"},
+        "hidden_size = 32; allowed: the base's 24": {"draft_config": tmp_path / "decoder.json"},
+        "which that file decides; allowed: one of them": {"draft_config": tmp_path / "decoder.json", "num_layers": 2},
+        "which has a decoder already; allowed: one of them": {"draft_config": tmp_path / "decoder.json", "path": run / "export"},
+        "draft_vocab_size = 29 needs speculator.token_freq_path": {"draft_vocab_size": 29},
+        'attention = "flex" has no backward on a CPU': {"attention": "flex"},
+        "norm_before_fc = true and speculator.fc_norm = true": {"norm_before_fc": "true", "fc_norm": "true"},
+    }
+    for words, keys in mistakes.items():
+        changes = new | {f"speculator__{name}": value for name, value in keys.items()}
+        line = tiny.refusal(train, world.flags(tmp_path / "run", **tiny.SHORT | changes), capsys, world.root)
+        assert words in line, line
+    assert not (tmp_path / "run" / "config.toml").exists()

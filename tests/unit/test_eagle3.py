@@ -10,12 +10,13 @@ from torch import Tensor
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
+from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.readout import Readout
 from spectitan.objectives import losses
 from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
 from spectitan.speculators.eagle3 import Eagle3Config, Eagle3Speculator
-from spectitan.speculators.ttt_attention import Memory, TTTAttention, document_spans, flex_block_mask
+from spectitan.speculators.ttt_attention import Memory, TTTAttention, choose_backend, document_spans, flex_block_mask
 from spectitan.types import BaseStates, TokenBatch
 from tests.unit.eagle3_oracle import outputs_of_document
 
@@ -158,6 +159,23 @@ def test_documents_too_short_for_later_steps_or_for_any(spans):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in speculator.parameters())
 
 
+@pytest.mark.parametrize("tokens", ["own", "ground_truth"])
+def test_every_batch_calls_the_readout_as_often(tokens, monkeypatch):
+    """Where ranks share the base's weights each call is a collective, whatever a rank's own batch holds."""
+    calls, call = [], Readout.call
+    monkeypatch.setattr(Readout, "call", lambda *args: calls.append(1) or call(*args))
+    seen = []
+    for spans in ([], [(0, 2)], [(0, 3)], [(0, 13)]):
+        speculator, batch = make_speculator("ce", ttt_steps=3, ttt_tokens=tokens), make_batch([spans], length=13, seed=2)
+        targets = speculator.align(batch._replace(loss_mask=batch.document_ids >= 0))
+        loss = speculator(batch, make_states(speculator, batch), targets, targets.counts, make_readout())
+        loss.total.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in speculator.parameters())
+        seen.append(len(calls))
+        calls.clear()
+    assert len(set(seen)) == 1 and seen[0] > 1
+
+
 @pytest.mark.parametrize("loss", ["ce", "kl_div"])
 def test_a_draft_vocabulary_of_some_tokens(loss):
     """Loss over the draft vocabulary, from the definition; a target outside is wrong, counted, and to ce of no account."""
@@ -235,11 +253,12 @@ def test_own_tokens_are_what_it_would_draft():
             sums = own(batch, states, targets, targets.counts, readout).sums
     finally:
         Eagle3Speculator._embed = embed
-    assert len(seen) == 3 and len(seen[1]) == len(targets.extra[1])
+    rows = targets.extra[1]
+    assert len(seen) == 3 and len(rows) < 29
     weights = {name: parameter.detach() for name, parameter in own.named_parameters()}
     taps = [tap[0] for tap in states.taps]
     outputs = outputs_of_document(weights, own.config, own.decoder, taps, batch.tokens[0], readout.embedding.weight)
-    assert torch.equal(seen[1], (outputs[0] @ readout.head.weight.T).argmax(-1)[targets.extra[1]])
+    assert torch.equal(seen[1][rows], (outputs[0] @ readout.head.weight.T).argmax(-1)[rows])
     with torch.no_grad():
         other = given(batch, states, targets, targets.counts, readout).sums
     torch.testing.assert_close(sums[0], other[0])
@@ -329,12 +348,13 @@ def test_keys_that_cannot_be(keys, words):
         make_speculator(**keys)
 
 
-@pytest.mark.parametrize("attention", ["flex"])
-def test_flex_has_no_backward_on_a_cpu(attention):
-    speculator, batch = make_speculator(attention=attention), make_batch()
-    targets = speculator.align(batch)
-    with pytest.raises(UserError, match="speculator.attention"):
-        speculator(batch, make_states(speculator, batch), targets, targets.counts, make_readout())
+@pytest.mark.parametrize("device, own, other", [("cpu", "sdpa", "flex"), ("cuda", "flex", "sdpa")])
+def test_attention_that_has_a_backward_there(device, own, other):
+    device = torch.device(device)
+    assert [choose_backend(name, device) for name in ("auto", own, "eager")] == [own, own, "eager"]
+    make_speculator(attention=own).check_device(device)
+    with pytest.raises(UserError, match=f"speculator.attention.*allowed: auto, {own}, eager"):
+        make_speculator(attention=other).check_device(device)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +362,13 @@ def test_flex_has_no_backward_on_a_cpu(attention):
 )
 def test_default_taps(num_layers, taps):
     assert make_speculator(base=dataclasses.replace(BASE, num_layers=num_layers)).taps == taps
+
+
+def test_the_activation_of_the_base():
+    bases = {"silu": BASE, "gelu_pytorch_tanh": GPTBigCodeConfig(VOCAB, HIDDEN, num_layers=3, num_heads=3)}
+    for act, base in bases.items():
+        assert make_speculator(base=base, draft_hidden_act="inherit").decoder.hidden_act == act
+        assert make_speculator(base=base).decoder.hidden_act == "silu"
 
 
 def test_chunked_questions_about_logits(monkeypatch):
