@@ -64,7 +64,11 @@ def export_run(config: Config) -> None:
     readout = load_base(config, torch.float32)[0].readout if speculator.borrowed else None
     write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path, base_config), readout)
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
-    served = str(base_target) if written_base and not config.export.base_name else name_of_base(base_path, base_name)
+    served = name_of_base(base_path, base_name)  # as in the folder's README; on the screen, what a server here finds
+    if written_base and not config.export.base_name:
+        served = str(base_target)
+    elif not base_name and "/" not in served:
+        served = str(base_path)
     print("\n".join(serve_notes(format, str(target), served, speculator.steps)))
     if has_base and not written_base:
         print("- The base was trained with it: --export.format hf writes that one, to be served in place of base.path.")

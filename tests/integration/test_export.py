@@ -77,7 +77,8 @@ def test_checkpoint_dump_folder_and_folder_give_the_same_bytes(tmp_path, base, c
         assert main(["--speculator.path", str(source), "--export.path", str(target), *base_path]) == 0
         outputs.append({file.name: file.read_bytes() for file in target.iterdir()})
         printed = capsys.readouterr().out
-        assert f'vllm serve base --speculative-config \'{{"model": "{target}", "num_speculative_tokens": 4}}\'' in printed
+        served = tmp_path / "base"
+        assert f'vllm serve {served} --speculative-config \'{{"model": "{target}", "num_speculative_tokens": 4}}\'' in printed
     assert outputs.count(outputs[0]) == 4
     assert same(tmp_path / "out0", speculator)
     assert load_speculator(tmp_path / "out0", CONFIG).steps == 4
@@ -95,7 +96,7 @@ def test_by_config_file(tmp_path, base, capsys):
 
 
 def test_formats_and_what_is_said_of_them(tmp_path, base, capsys):
-    """From one format to the other, by the program; the command carries the base's name, and the folder no path of this machine."""
+    """From one format to the other, by the program; the command carries the base's path, the folder its name and no path of this machine."""
     checkpoint, speculator = run_of_speculator(tmp_path)
     source, arguments = checkpoint, ["--base.path", str(tmp_path / "base")]
     for format, command in (
@@ -107,7 +108,7 @@ def test_formats_and_what_is_said_of_them(tmp_path, base, capsys):
         assert main(["--speculator.path", str(source), "--export.path", str(target), "--export.format", format, *arguments]) == 0
         printed = capsys.readouterr().out
         readme = (target / "README.md").read_text()
-        assert command.format("base", target) in printed and command.format("base", ".") in readme
+        assert command.format(tmp_path / "base", target) in printed and command.format("base", ".") in readme
         assert ("vllm serve" in printed) == ("vllm serve" in readme) == bool(command)
         written = b"".join(file.read_bytes() for file in target.iterdir())
         assert str(tmp_path).encode() not in written and same(target, speculator)

@@ -45,12 +45,12 @@ def test_arctic_from_data_to_serve_command(tmp_path):
     assert len(rows) == 2 * 9 * 2 and {(len(row["input"]), len(row["output"])) for row in rows} == {(11, 20)}
 
     printed = run("arctic_quickstart.sh", variables | {"DATA_GEN": 0}, *keys)
-    assert "vllm serve base --speculative-config" in printed and (out / "report.json").is_file()
+    assert f"vllm serve {world.root}/base --speculative-config" in printed and (out / "report.json").is_file()
     supervised = [report["supervised_tokens"] for report in tiny.reports(out)]
     assert sum(supervised) == 7 * 4 * 20  # steps, samples, and what was sampled; nothing of the prompts
     exported = (out / "export" / "config.json").read_bytes(), (out / "export" / "model.safetensors").read_bytes()
     assert json.loads(exported[0])["architectures"] == ["ArcticLSTMSpeculatorPreTrainedModel"]
     again = tmp_path / "again"
     printed = run("arctic_quickstart.sh", variables | {"DATA_GEN": 0, "TRAIN": 0}, *keys, "--export.path", str(again))
-    assert "vllm serve base --speculative-config" in printed
+    assert f"vllm serve {world.root}/base --speculative-config" in printed
     assert exported == ((again / "config.json").read_bytes(), (again / "model.safetensors").read_bytes())
