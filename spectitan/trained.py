@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectitan import hub
 from spectitan.config.manager import Config
 from spectitan.config.sections import Base, Objective
 from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.registry import choose_config, get_model
+from spectitan.models.safetensors_files import INDEX, SINGLE
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import SPECULATORS, build_speculator
@@ -34,7 +36,7 @@ class Trained(NamedTuple):
 
 
 def find_trained(config: Config) -> Trained | None:
-    """What `speculator.path` names: an exported folder, one checkpoint, or a dump_folder. Without it, the run of the config file.
+    """What `speculator.path` names: an exported folder, perhaps of the hub, a checkpoint, or a dump_folder. Without it: config file's run.
 
     Returns:
         None if neither is given, or if that run has saved nothing yet.
@@ -43,9 +45,7 @@ def find_trained(config: Config) -> Trained | None:
         UserError: nothing at `speculator.path`, or no valid checkpoint.
     """
     if config.speculator.path:
-        path = Path(config.speculator.path).expanduser()
-        if not path.is_dir():
-            raise UserError(f"speculator.path = {config.speculator.path!r}: no such folder")
+        path = _folder_named(config.speculator.path)
         if (path / "config.json").is_file():
             return Trained(path, {})
     elif config.job.config_file and (Path(config.job.dump_folder) / "checkpoints").is_dir():
@@ -53,6 +53,15 @@ def find_trained(config: Config) -> Trained | None:
     else:
         return None
     return open_checkpoint(find_checkpoint(path))
+
+
+def _folder_named(path: str) -> Path:
+    folder, problem = Path(path).expanduser(), f"speculator.path = {path!r}: no such folder"
+    if folder.is_dir():
+        return folder
+    if hub.could_be_model(path):
+        return hub.fetch_model(path, ("config.json", SINGLE, INDEX, "model-*.safetensors"), problem)
+    raise UserError(problem)
 
 
 def open_checkpoint(path: Path) -> Trained:

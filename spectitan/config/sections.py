@@ -286,6 +286,6 @@ class SpeculatorSelection:
     type: str = key("mlp", "family of the drafter; none trains the base alone")
     path: str = key(
         "",
-        "trained speculator: an exported folder, a checkpoint, or a dump_folder. train starts from its weights, with its keys and a new "
-        "optimizer (checkpoint.load_path goes on with the old one)",
+        "trained speculator: an exported folder (or organisation/name of one on Hugging Face's hub), a checkpoint, or a dump_folder. train "
+        "starts from its weights, with its keys and a new optimizer (checkpoint.load_path goes on with the old one)",
     )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectitan import hub
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import config_to_json, read_rope
@@ -157,14 +158,16 @@ def adopt_decoder(config, keys: ConfigFile) -> None:
 def _open_draft_config(value: str) -> ConfigFile:
     if value.startswith("{"):
         return ConfigFile.of_text("speculator.draft_config", value)
-    path = Path(value).expanduser()
+    path, problem = Path(value).expanduser(), f"speculator.draft_config = {value!r}: no such file or folder"
+    if not path.exists() and hub.could_be_model(value):
+        path = hub.fetch_model(value, ("config.json",), problem)
     path = path / "config.json" if path.is_dir() else path
     try:
         return ConfigFile.of_text(path, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(
-            f"speculator.draft_config = {value!r}: {path}: {reason}; allowed: a JSON file, or a folder with config.json"
+            f"speculator.draft_config = {value!r}: {path}: {reason}; allowed: a JSON file, a folder with config.json, or a name of the hub"
         ) from None
 
 

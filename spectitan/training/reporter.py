@@ -11,7 +11,6 @@ from spectitan.training.metrics import MetricsLogger
 from spectitan.training.report_sums import ReportSums
 from spectitan.types import add_conditional
 
-
 # So many steps skipped in a row, with losses that are finite, are no accident: nothing is learned any more.
 MAX_SKIPPED_IN_A_ROW = 10
 

@@ -10,11 +10,18 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from spectitan import hub
+from spectitan.config.manager import load
+from spectitan.config.sections import Objective
 from spectitan.data.corpus import tokenise_held_out, tokenise_training
 from spectitan.data.documents import Found, find_datasets, read_documents, validation_datasets
 from spectitan.errors import UserError
+from spectitan.models.llama import LlamaConfig
 from spectitan.models.weights import resolve_base_path
+from spectitan.speculators.draft_decoder import DecoderShape, decoder_to_json, settle_draft_config
+from spectitan.speculators.eagle3 import Eagle3Config
+from spectitan.speculators.registry import SPECULATOR_CONFIGS, new_speculator
 from spectitan.speculators.serving import name_of_base
+from spectitan.trained import family_keys, find_trained
 from tests.unit.data_fixtures import ByteTokenizer, make_data
 from tests.unit.source_fixtures import hub_snapshot
 
@@ -111,6 +118,26 @@ def test_a_base_of_the_hub_keeps_its_name(cache):
     folder = hub_snapshot(cache, "model", "team/Base-1B", {"config.json": b'{"model_type": "llama"}'})
     assert resolve_base_path("team/Base-1B") == folder and name_of_base(folder) == "team/Base-1B"
     assert name_of_base(folder, "own") == "own"
+
+
+def test_a_drafter_and_its_shape_of_the_hub(cache):
+    base = LlamaConfig(53, 24, 40, num_layers=3, num_heads=2)
+    shape = decoder_to_json(DecoderShape(53, 24, intermediate_size=40, num_layers=2, num_heads=3), [-1, -1])
+    config = {"speculators_model_type": "eagle3", "eagle_aux_hidden_state_layer_ids": [0, 2], "transformer_layer_config": shape}
+    folder = hub_snapshot(cache, "model", "team/Draft-1B", {"config.json": json.dumps(config).encode()})
+    argv = ["--base.path=b", "--data.path=d", "--training.num_steps=1", "--speculator.type=eagle3"]
+    trained = find_trained(load([*argv, "--speculator.path=team/Draft-1B"], "train", SPECULATOR_CONFIGS))
+    assert trained.path == folder and family_keys(trained)[1].target_layer_ids == [0, 2]
+    speculator = new_speculator("eagle3", Eagle3Config(draft_config="team/Draft-1B"), base, Objective())
+    assert (len(speculator.layers), speculator.decoder.num_heads) == (2, 3)
+
+
+@pytest.mark.parametrize("key", ["path", "draft_config"])
+def test_a_drafter_that_is_not_there(cache, key):
+    with pytest.raises(UserError, match=f"^speculator.{key} = 'team/nothing': no such .*{OFFLINE.format('model')}$"):
+        config = load(["--base.path=b", "--speculator.type=eagle3", f"--speculator.{key}=team/nothing"], "export", SPECULATOR_CONFIGS)
+        find_trained(config)
+        settle_draft_config(config.speculator)
 
 
 OFFLINE = "as a {} of Hugging Face's hub is not in its cache, and the hub cannot be reached; give a path"
