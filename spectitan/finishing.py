@@ -7,6 +7,7 @@ from pathlib import Path
 from spectitan.config.manager import Config
 from spectitan.evaluation import evaluate_run
 from spectitan.exporting import base_folder, check_keeps_base, export_folder, export_run
+from spectitan.states.sources import hidden_states_folder
 
 
 def folders_to_write(config: Config) -> dict[str, str]:
@@ -14,6 +15,8 @@ def folders_to_write(config: Config) -> dict[str, str]:
     folders = {"job.dump_folder": config.job.dump_folder}
     if config.metrics.loggers and config.metrics.dir:
         folders["metrics.dir"] = config.metrics.dir
+    if config.states.source == "hybrid" and config.states.on_generate == "cache":
+        folders["states.hidden_states_path"] = str(hidden_states_folder(config.states, config.job.dump_folder))
     if config.export.format != "none" and config.export.path:
         folders["export.path"] = config.export.path
     return folders
@@ -29,7 +32,14 @@ def paths_to_read(config: Config) -> dict[str, str]:
         "data.val_path": config.data.val_path,
         "data.drop_overlap": config.data.drop_overlap,
         "eval.prompts": config.eval.prompts,
+        "states.hidden_states_path": existing_states(config),
     }
+
+
+def existing_states(config: Config) -> str:
+    """Where hidden states are, that a run reads or adds to; "" if there are none yet, or none are read."""
+    folder = hidden_states_folder(config.states, config.job.dump_folder)
+    return str(folder) if config.states.source != "online" and folder.exists() else ""
 
 
 def check_export(config: Config, base_path: Path) -> None:

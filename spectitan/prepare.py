@@ -5,6 +5,7 @@ python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.tokenize
 python -m spectitan.prepare --base.path BASE --data.path TEXT --data.holdout 0.05 --prepare.num_prompts 64 --eval.prompts prompts.jsonl
 python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.token_freq token_freq.pt
 python -m spectitan.prepare --base.path BASE --data.path TEXT --prepare.generate generated/0.jsonl
+python -m spectitan.prepare --job.config_file train_configs/eagle3_offline.toml --prepare.states true
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.distributed.mesh import choose_device
 from spectitan.errors import UserError
 from spectitan.files import write_whole
+from spectitan.filling import fill_states
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
@@ -51,7 +53,11 @@ GREEN, END = "\x1b[32m", "\x1b[0m"
 
 def prepare(config: Config, stop: StopSignal) -> None:
     """The program's work."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if not is_main:  # of torchrun, which is for prepare.states
+        fill_states(config, load_tokenizer(resolve_base_path(config.base.path), None))
+        return
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
     base_path = resolve_base_path(config.base.path)
@@ -73,6 +79,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
         print(show_sample(next(loader), tokenizer, loader.datasets, uses_colour()))
     if config.prepare.generate:
         generate_data(config, tokenizer, prompts)
+    if config.prepare.states:
+        fill_states(config, tokenizer)
 
 
 def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from spectitan import program
 from spectitan.config.manager import Config
-from spectitan.data.loader import SAMPLE_BITS, build_loader
+from spectitan.data.loader import SAMPLE_BITS, build_loader, sample_place
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
-from spectitan.data.validation import build_validation, check_seq_length
+from spectitan.data.validation import check_seq_length, read_held_out
 from spectitan.decoding.acceptance import draft_length, select_prompts, tree_settings
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
@@ -44,8 +44,13 @@ from spectitan.speculators.base import Speculator
 from spectitan.speculators.joint import Joint
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator, new_speculator
 from spectitan.speculators.serving import choose_format, has_weights
+from spectitan.states.cache import FINAL
+from spectitan.states.cached import CachedStates, Store
 from spectitan.states.continued import ContinuedStates, prompts_per_sample
+from spectitan.states.document_files import DocumentFiles
+from spectitan.states.noisy import NoisyStates
 from spectitan.states.online import OnlineStates
+from spectitan.states.sources import check_complete, hidden_states_folder, open_store, samples_of_run
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
@@ -96,6 +101,7 @@ class Trainer:
         base_weights = "random" if config.base.init == "random" else fingerprint(self.base_path, base_config)
         self.speculator = self._make_speculator(base_config, base_weights)
         self.speculator.check_device(self.device)
+        self.store = self._open_store(base_config, base_weights)
         if config.export.format not in ("hf", "none") and config.speculator.type != "none":
             choose_format(self.speculator, config.export.format)
         self.prompts_per_sample = 1
@@ -126,7 +132,10 @@ class Trainer:
             self.total_steps = max(1, math.ceil(config.training.epochs * self.loader.samples_per_epoch / self.global_batch_size))
         if config.stage2.start_step >= self.total_steps:
             raise UserError(f"stage2.start_step = {config.stage2.start_step}; allowed: below the run's {self.total_steps} steps")
-        self.validation = build_validation(config.data, self.tokenizer, config.eval.loss_samples, micro_batch_size)
+        held_out = read_held_out(config.data, self.tokenizer, config.eval.loss_samples, micro_batch_size)
+        self.validation, self.held_out_samples = held_out.batches, held_out.samples
+        if config.states.source == "offline":
+            self._check_store(saved["position"])
 
         self._build_model()
         if self.checkpoint:
@@ -142,6 +151,7 @@ class Trainer:
         self.reporter = Reporter(
             self.metrics, self.objective.rows, self.objective.metrics, self.loader.datasets, self.loader.reasons,
             self._work, master_dtype(self.compute_dtype), self.device, self.step,
+            state_counts=self.states_of_text.take_counts if self.store is not None else None,
         )  # fmt: skip
         if "report" in saved:
             self.reporter.sums.load(saved["report"])
@@ -175,6 +185,31 @@ class Trainer:
                 return read_speculator(trained, base_config, config.objective, config.speculator)
         return new_speculator(config.speculator.type, config.speculator, base_config, config.objective)
 
+    def _open_store(self, base_config: DecoderConfig, base_weights: str) -> Store | None:
+        """What states.source = offline or hybrid reads; refuses it if it is of another base or other layers."""
+        config, taps = self.config, self.speculator.taps
+        if config.states.noise_std and not taps:
+            given = f"states.noise_std = {config.states.noise_std:g}"
+            raise UserError(f"{given}: {config.speculator.type} reads the final state alone, which is left as it is; allowed: 0")
+        if config.states.source == "online":
+            return None
+        folder = hidden_states_folder(config.states, config.job.dump_folder)
+        return open_store(
+            config.states, folder, base=base_weights, taps=taps, num_layers=base_config.num_layers, hidden_size=base_config.hidden_size,
+            allow_other=config.base.allow_other,
+        )  # fmt: skip
+
+    def _check_store(self, position: int) -> None:
+        """Without a base: says which samples of the run have no states, before the work begins."""
+        loader, on_missing = self.loader, self.config.states.on_missing
+        on_missing = "raise" if on_missing == "auto" else on_missing
+        samples = samples_of_run(loader.order, position, self.total_steps * self.global_batch_size)
+        check_complete(self.store, loader.samples, samples, loader.datasets, on_missing)
+        if self.config.eval.interval:
+            ids = torch.cat([batch.sample_ids for batch in self.validation]).tolist() if self.validation else []
+            names = ["held-out text"] * len(self.held_out_samples)
+            check_complete(self.store, self.held_out_samples, [sample_place(each) for each in ids], names, on_missing)
+
     def _build_model(self) -> None:
         config = self.config
         dtype = self.compute_dtype if config.base.freeze else master_dtype(self.compute_dtype)
@@ -186,6 +221,8 @@ class Trainer:
             )
         if config.base.freeze and config.stage2.start_step < 0 and not self.speculator.needs_base_head:
             self.base.readout.drop_head()
+        if config.states.source == "offline":
+            self.base.drop_layers()
         if config.speculator.type != "none" and not self.fine_tunes:
             self.speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
         self.speculator.to(self.device)
@@ -203,12 +240,7 @@ class Trainer:
         fill_model(self.base, self.base_path, config.base.init, config.job.seed)
         if not self.fine_tunes:
             self.speculator.init_from_base(self.base.readout)
-        self.source = self.states_of_text = OnlineStates(self.base, self.speculator.taps, config.base.freeze)
-        if config.stage2.start_step >= 0:
-            self.source = ContinuedStates(
-                self.states_of_text, config.stage2, first_sample=config.stage2.start_step * self.global_batch_size,
-                prompts=self.prompts_per_sample, steps=self.speculator.steps, seed=config.job.seed,
-            )  # fmt: skip
+        self._build_sources()
         self.trained = nn.ModuleDict({"speculator": self.speculator} if config.speculator.type != "none" else {})
         if not config.base.freeze:
             self.trained["base"] = self.base
@@ -218,6 +250,43 @@ class Trainer:
             next_token = build_speculator("none", None, self.base.config, config.objective)
             self.objective = Joint(next_token, self.speculator, config.training.speculator_loss_coeff, config.training.detach_states)
         self.optimizer = build_optimizer(self.trained, config.optimizer)
+
+    def _build_sources(self) -> None:
+        """Where states come from: of the text, of held-out text, and of what is trained on, with stage 2's own text and with noise."""
+        config, layers = self.config, self.speculator.taps
+        if isinstance(self.store, DocumentFiles):
+            self.store.check_norm(self.base.readout.norm)
+        if self.store is not None:
+            layers = tuple(column for column in self.store.columns if column != FINAL)
+        online = OnlineStates(self.base, layers, config.base.freeze)
+        self.states_of_text = self.states_of_held_out = online
+        if self.store is not None:
+            self.states_of_text = self._cached_states(online, self.loader.samples, keep=True)
+            self.states_of_held_out = self._cached_states(online, self.held_out_samples, keep=self.world.rank == 0)  # all run all of them
+        self.source, self.stage2 = self.states_of_text, None
+        if config.stage2.start_step >= 0:
+            self.source = self.stage2 = ContinuedStates(
+                self.states_of_text, config.stage2, first_sample=config.stage2.start_step * self.global_batch_size,
+                prompts=self.prompts_per_sample, steps=self.speculator.steps, seed=config.job.seed,
+                online=OnlineStates(self.base, self.speculator.taps, frozen=True),
+            )  # fmt: skip
+        if config.states.noise_std:
+            self.source = NoisyStates(self.source, config.states.noise_std, config.job.seed)
+
+    def _cached_states(self, online: OnlineStates, samples: list, keep: bool) -> CachedStates:
+        states = self.config.states
+        return CachedStates(
+            self.store, samples, self.speculator.taps, self.base.readout, self.compute_dtype, self.device,
+            online=online if states.source == "hybrid" else None,
+            keep=keep and states.source == "hybrid" and states.on_generate == "cache",
+            on_missing="raise" if states.on_missing == "auto" else states.on_missing,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Makes durable what was cached."""
+        for source in (self.states_of_text, self.states_of_held_out):
+            if isinstance(source, CachedStates):
+                source.close()
 
     def _tensors(self) -> dict[str, Tensor]:
         return module_tensors(self.trained) | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
@@ -304,8 +373,10 @@ class Trainer:
         start, continued_tokens, flops = self.config.stage2.start_step, 0, 0
         continued = last_step - min(max(start, first_step), last_step) if start >= 0 else 0
         if continued:
-            continued_tokens, flops = self.source.work(continued * self.global_batch_size)
+            continued_tokens, flops = self.stage2.work(continued * self.global_batch_size)
         of_text = self.base.flops(tokens - continued_tokens, self.config.data.seq_length)
+        if self.store is not None:
+            of_text = int(of_text * self.states_of_text.base_share())
         return flops + (1 if self.config.base.freeze else 3) * of_text + self.objective.flops(targets_per_step, tokens)
 
     def _save(self) -> None:
@@ -320,7 +391,7 @@ class Trainer:
         values = {}
         if self.validation:
             # Every rank runs all of these few samples: sharded parameters are gathered by all ranks together.
-            sums, counts = heldout_sums(self.objective, self.states_of_text, self.validation, self.base.readout)
+            sums, counts = heldout_sums(self.objective, self.states_of_held_out, self.validation, self.base.readout)
             report = heldout_report(self.objective.metrics, sums, counts)
             joint = len(self.trained) == 2
             for name in ("heldout_loss", "heldout_accuracy"):
@@ -369,7 +440,7 @@ def train(config: Config, stop: StopSignal) -> None:
     try:
         with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
             trainer = Trainer(config, world, run_folder)
-            with contextlib.closing(trainer.metrics):
+            with contextlib.closing(trainer.metrics), contextlib.closing(trainer):
                 if config.job.init_only:
                     trainer.export_untrained()
                     return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import typing
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def check_combinations(config: Config, program: str) -> None:
         _require(token_freq.endswith(".pt") or not token_freq, f"prepare.token_freq = {token_freq!r}; allowed: a file that ends in .pt")
         samples, start = config.prepare.generate_samples, config.prepare.generate_start
         given = f"prepare.generate_samples = {samples} and prepare.generate_start = {start}"
+        _require(
+            config.prepare.states or int(os.environ.get("WORLD_SIZE", "1")) == 1,
+            "prepare in several processes: only prepare.states = true is divided over them; allowed: that, or one process",
+        )
+        if config.prepare.states:
+            family = config.speculator.type
+            _require(family != "none", 'prepare.states = true with speculator.type = "none", which reads no states; allowed: a speculator')
         _require(config.prepare.generate or (samples, start) == (-1, 0), f"{given} without prepare.generate; allowed: with it, or -1 and 0")
     if program == "generate":
         prompts = [config.generate.prompt, config.generate.prompt_file]
@@ -118,7 +126,25 @@ def _check_training(config: Config) -> None:
         f"parallelism.dp_replicate = {replicate} with parallelism.sharding_strategy = {strategy}; allowed: -1, or hsdp",
     )
     _check_what_is_trained(config)
+    _check_states(config)
     _check_schedule(config)
+
+
+def _check_states(config: Config) -> None:
+    states, freeze, stage2 = config.states, config.base.freeze, config.stage2.start_step
+    source = f"states.source = {states.source}"
+    allowed = {"online": ("auto", "generate"), "hybrid": ("auto", "generate"), "offline": ("auto", "skip", "warn", "raise")}[states.source]
+    _require(states.on_missing in allowed, f"states.on_missing = {states.on_missing} with {source}; allowed: {', '.join(allowed)}")
+    if states.source == "online":
+        path = states.hidden_states_path
+        _require(not path, f"states.hidden_states_path = {path!r} with {source}, which reads no files; allowed: offline or hybrid")
+        return
+    _require(states.source == "hybrid" or states.on_generate == "cache", f"states.on_generate = delete with {source}; allowed: hybrid")
+    _require(freeze, f"{source} with base.freeze = false, whose states change; allowed: online, or base.freeze = true")
+    if states.source == "offline":
+        _require(stage2 == -1, f"stage2.start_step = {stage2} with {source}: without a base no text is sampled; allowed: hybrid, or -1")
+        split = config.parallelism.tp_size
+        _require(split == 1, f"parallelism.tp_size = {split} with {source}, which holds no layers of the base; allowed: 1")
 
 
 def _check_what_is_trained(config: Config) -> None:
@@ -165,6 +191,8 @@ def _check_hf(config: Config) -> None:
     _require(base.freeze, f"base.freeze = false {given}, which runs a frozen base; allowed: true")
     _require(base.init == "pretrained", f"base.init = {base.init!r} {given}, which runs a frozen base; allowed: pretrained")
     _require(not is_split, f"tensor parallelism {given}; allowed: parallelism.sharding_strategy = none, fsdp or hsdp")
+    offline = config.states.source == "offline"
+    _require(not offline, f"states.source = offline {given}, which loads the whole model; allowed: online, hybrid")
     _require(config.compile.enabled != "true", f"compile.enabled = true {given}, whose blocks are not compiled; allowed: auto, false")
 
 

@@ -34,6 +34,7 @@ class Config:
     data: sections.Data
     training: sections.Training
     stage2: sections.Stage2
+    states: sections.States
     objective: sections.Objective
     optimizer: sections.Optimizer
     lr_scheduler: sections.LRScheduler

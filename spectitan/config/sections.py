@@ -76,8 +76,8 @@ class Data:
     format: str = key(
         "auto",
         "text: each file is a document; jsonl: one JSON object a line, also packed (.gz, .zst); parquet and arrow: one row a document (need "
-        "pyarrow); auto: by suffix",
-        choices=("auto", "text", "jsonl", "parquet", "arrow"),
+        "pyarrow); pt: speculators' files of tensors, with their input_ids and loss_mask; auto: by suffix, all but pt",
+        choices=("auto", "text", "jsonl", "parquet", "arrow", "pt"),
     )
     suffixes: list[str] = key([".txt", ".md", ".py"], "suffixes of the files that format text reads; python:stdlib reads .py")
     text_column: str = key("text", "column (JSONL: key) that holds a text, supervised throughout; empty: none")
@@ -158,6 +158,45 @@ class Stage2:
     seq_length: int = key(256, "tokens sampled after each prompt; the end-of-text token ends nothing", minimum=2)
     temperature: float = key(1.0, "of the base's sampling; 0: greedy", minimum=0)
     top_k: int = key(10, "sample from the k most likely tokens; 0: all", minimum=0)
+
+
+@dataclass
+class States:
+    source: str = key(
+        "online",
+        "where the base's hidden states come from. online: the base in this job; offline: files, and of the base its embedding, norm and "
+        "head alone are held; hybrid: files, and what is missing there from the base",
+        choices=("online", "offline", "hybrid"),
+    )
+    on_missing: str = key(
+        "auto",
+        "samples without states. generate: by the base (hybrid, its auto); offline: skip them, skip and warn, or raise (its auto). "
+        "Skipped samples keep their places in the batches, unsupervised, and are counted",
+        choices=("auto", "generate", "skip", "warn", "raise"),
+    )
+    on_generate: str = key(
+        "cache", "hybrid: states that the base has computed: cache them for later epochs and runs, or delete them", choices=("cache", "delete")
+    )
+    hidden_states_path: str = key("", "folder of the files; empty: dump_folder/hidden_states")
+    format: str = key(
+        "auto",
+        "of the files. cache: our own; hs: hs_<row>.safetensors of vLLM's speculators; 1 and 0: its older .pt files; auto: by what is there",
+        choices=("auto", "cache", "hs", "1", "0"),
+    )
+    final: str = key(
+        "auto",
+        "what the last state of a token is in files of other systems: before the base's final norm, or after it; auto: before it in hs and "
+        "1, after it in 0",
+        choices=("auto", "pre_norm", "post_norm"),
+    )
+    dtype: str = key(
+        "bfloat16",
+        "of a cache that is filled; int8 has a scale for each token and layer, and half the size of bfloat16",
+        choices=("float32", "bfloat16", "float16", "int8"),
+    )
+    noise_std: float = key(
+        0.0, "in training each number of a drafter's layers is moved by at most this, uniformly; not the final state", minimum=0
+    )
 
 
 @dataclass
@@ -277,6 +316,9 @@ class Prepare:
     )
     generate_samples: int = key(-1, "samples of the text, of data.seq_length tokens, that prompts are cut from; -1: all, once", minimum=-1)
     generate_start: int = key(0, "place in the order of samples to begin at: so processes write files of their own", minimum=0)
+    states: bool = key(
+        False, "fill states.hidden_states_path with hidden states for all samples of a run with these keys; torchrun and [parallelism] count"
+    )
 
 
 @dataclass

@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 SAMPLE_BITS = 40  # sample_ids: (dataset << SAMPLE_BITS) + sample
 
 
+def sample_place(sample_id: int) -> Place:
+    """Dataset and sample of one of a batch's sample_ids."""
+    return Place(sample_id >> SAMPLE_BITS, sample_id & ((1 << SAMPLE_BITS) - 1))
+
+
 class MicroBatches(Dataset):
     """TokenBatch of samples i .. i + micro_batch_size - 1 of the global order, for any i."""
 
@@ -79,6 +84,8 @@ class Loader:
         samples_per_epoch: samples of all datasets that are used, each once.
         tokenised: the datasets, whole.
         datasets: names, by the number that sample_ids begin with.
+        samples: of each of them; None where its weight is 0.
+        order: of all samples.
         counts: for each dataset {"documents", "tokens", "supervised" (tokens that may be targets), "longest" (document, in tokens),
             "bytes", "samples", "fill" (share of the samples' tokens that are no padding), "held_out", "kinds": {what rows are: rows},
             "dropped": {reason: documents}, "noted": {what: how often}, "packed": {what: how often}, "skipped": names}.
@@ -98,7 +105,7 @@ class Loader:
         self.position = position
         self.samples_per_epoch = sum(sizes)
         self.tokenised = datasets
-        self.datasets = [dataset.name for dataset in datasets]
+        self.datasets, self.samples = [dataset.name for dataset in datasets], samples
         self.counts = {dataset.name: _counts(dataset, of_dataset) for dataset, of_dataset in zip(datasets, samples)}
         self.reasons = _reasons(self.counts.values())
         self.fingerprints = {dataset.name: dataset.shards.folder.name if dataset.shards else "" for dataset in datasets}
@@ -107,11 +114,11 @@ class Loader:
         self._global_batch_size = global_batch_size
         self._micro_batches = global_batch_size // (world_size * micro_batch_size)
         self._handed_out = 0
-        order = SampleOrder(sizes, sample_weights(data.weights, sizes, tokens) if data.weights else None, seed)
+        self.order = SampleOrder(sizes, sample_weights(data.weights, sizes, tokens) if data.weights else None, seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata calls it, new PyTorch warns
             batches = StatefulDataLoader(
-                MicroBatches(samples, order, micro_batch_size, data.seq_length),
+                MicroBatches(samples, self.order, micro_batch_size, data.seq_length),
                 batch_size=None,
                 sampler=PositionSampler(position, global_batch_size, micro_batch_size, rank, world_size),
                 num_workers=data.loader_workers,

@@ -34,6 +34,15 @@ class Packing(NamedTuple):
         return "-".join(map(str, ("packing", _VERSION, *self)))
 
 
+class DocumentPart(NamedTuple):
+    """What a sample holds of a document."""
+
+    ids: np.ndarray  # of the whole document
+    row: int | None  # its row in the dataset; None: some rows are no documents, and which is not known
+    start: int  # its token that the part begins with
+    length: int
+
+
 class PackedDataset:
     """Samples of one dataset, the same in every epoch and for every seed.
 
@@ -74,6 +83,11 @@ class PackedDataset:
         return self._samples
 
     @property
+    def identity(self) -> dict[str, object]:
+        """What decides what each sample holds."""
+        return {"text": self._shards.folder.name, **self._packing._asdict()}
+
+    @property
     def masked(self) -> bool:
         """Whether any token is kept from being a target."""
         return self._shards.masked
@@ -101,6 +115,16 @@ class PackedDataset:
             end += length
         tokens[end:] = 0
         documents[end:] = -1
+
+    def documents(self, sample: int) -> list[DocumentPart]:
+        """The parts of documents in a sample, in their order."""
+        shards, parts = self._shards, []
+        all_rows = not shards.meta.get("dropped") and not shards.meta.get("held_out")
+        for offset, length in self._parts(sample):
+            document = int(np.searchsorted(shards.offsets, offset, side="right")) - 1
+            begin, end = map(int, shards.offsets[document : document + 2])
+            parts.append(DocumentPart(shards.read(begin, end), document if all_rows else None, offset - begin, length))
+        return parts
 
     def _parts(self, sample: int) -> list[tuple[int, int]]:
         """Where the parts of documents in a sample begin in all of the ids, and their lengths."""

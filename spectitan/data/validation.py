@@ -1,10 +1,12 @@
 """Held-out text as batches: files that no training shard contains."""
 
+from typing import NamedTuple
+
 from spectitan.config.sections import Data
 from spectitan.data.corpus import EmptyDataset, tokenise_held_out
 from spectitan.data.loader import collate
 from spectitan.data.order import SampleOrder
-from spectitan.data.packing import packed
+from spectitan.data.packing import PackedDataset, packed
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
 from spectitan.types import TokenBatch
@@ -18,7 +20,19 @@ def check_seq_length(data: Data, max_positions: int) -> None:
         raise UserError(f"data.seq_length = {data.seq_length}: the base allows at most {max_positions}")
 
 
+class HeldOut(NamedTuple):
+    """Held-out text."""
+
+    samples: list[PackedDataset]  # of each dataset; what sample_ids count in
+    batches: list[TokenBatch]
+
+
 def build_validation(data: Data, tokenizer: Tokenizer, num_samples: int, micro_batch_size: int) -> list[TokenBatch]:
+    """The batches of `read_held_out`."""
+    return read_held_out(data, tokenizer, num_samples, micro_batch_size).batches
+
+
+def read_held_out(data: Data, tokenizer: Tokenizer, num_samples: int, micro_batch_size: int) -> HeldOut:
     """The first `num_samples` held-out samples (fewer if there are not as many) in batches; the last batch may be smaller.
 
     Empty if num_samples is 0, or if neither data.val_path nor data.holdout says what is held out. Datasets have the shares of
@@ -29,11 +43,11 @@ def build_validation(data: Data, tokenizer: Tokenizer, num_samples: int, micro_b
     """
     datasets = tokenise_held_out(data, tokenizer) if num_samples > 0 else []
     if not datasets:
-        return []
+        return HeldOut([], [])
     samples = [packed(dataset.shards, data, f"{dataset.name} (held out)") for dataset in datasets]
     sizes = [len(dataset) for dataset in samples]
     if not any(sizes):
         raise EmptyDataset(f"no held-out document has a token to supervise with data.packing = {data.packing}")
     order, num_samples = SampleOrder(sizes, None, _SEED), min(num_samples, sum(sizes))
     batches = [range(first, min(first + micro_batch_size, num_samples)) for first in range(0, num_samples, micro_batch_size)]
-    return [collate(samples, [order[i] for i in index], index, data.seq_length) for index in batches]
+    return HeldOut(samples, [collate(samples, [order[i] for i in index], index, data.seq_length) for index in batches])

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     RESAMPLE = 3
     PROMPT = 4  # of stage 2: where a prompt is cut from the text
     CONTINUATION = 5  # of stage 2: the tokens that follow it
+    NOISE = 6  # on the hidden states that a drafter is trained on
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,10 @@ class Decoder(nn.Module):
             else:
                 draw_normal(parameter, std, generator)
 
+    def drop_layers(self) -> None:
+        """For a run that reads its hidden states from disk: the readout is all it uses. To be called before weights are read."""
+        self.layers = nn.ModuleList()
+
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots a row, on the device of the weights."""
         return KVCache(self.config.num_layers, batch, length, self.readout.norm.weight.device)

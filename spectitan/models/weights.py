@@ -71,9 +71,11 @@ def load_hf(model: Decoder, path: str | Path) -> None:
     Raises:
         UserError: see `locate_tensors`.
     """
-    layout = HFLayout(model)
-    # A tied head may be stored all the same (it is the embedding), and one that nobody asks for need not be read.
-    files = locate_tensors(resolve_base_path(path), layout.shapes, {_HEAD} - layout.shapes.keys())
+    layout = HFLayout(build_on_meta(model.config))  # the model may have dropped its head or its layers
+    wanted = {piece.stored for name, _ in model.named_parameters() for piece in layout.pieces[name]}
+    shapes = {name: shape for name, shape in layout.shapes.items() if name in wanted}
+    # A tied head may be stored all the same (it is the embedding), and what nobody asks for need not be read.
+    files = locate_tensors(resolve_base_path(path), shapes, (layout.shapes.keys() | {_HEAD}) - wanted)
     for name, parameter in model.named_parameters():
         local, place = own_part(parameter)
         for stored, stored_place, part in layout.parts(name, local, place):

@@ -14,7 +14,7 @@ from spectitan.distributed.fsdp import free_frozen, gather_frozen
 from spectitan.errors import UserError
 from spectitan.keyed_random import uniform
 from spectitan.states.online import OnlineStates
-from spectitan.types import BaseStates, TokenBatch, to_device
+from spectitan.types import BaseStates, StateSource, TokenBatch, to_device
 
 
 def prompts_per_sample(config: Stage2, global_batch_size: int, data_seq_length: int, max_positions: int, steps: int) -> int:
@@ -59,7 +59,8 @@ class ContinuedStates:
     A sharded base is gathered when a step's first micro-batch begins, and kept until the states of its last one.
 
     Args:
-        source: the states of a frozen base.
+        source: the states of the text.
+        online: the frozen base, which samples; None: it is the source as well.
         config: lengths and sampling.
         first_sample: place in the global order of stage 2's first sample; the first of an optimizer step.
         prompts: cut from each sample; see `prompts_per_sample`.
@@ -67,8 +68,12 @@ class ContinuedStates:
         seed: of all random numbers.
     """
 
-    def __init__(self, source: OnlineStates, config: Stage2, *, first_sample: int, prompts: int, steps: int, seed: int):
+    def __init__(
+        self, source: StateSource, config: Stage2, *, first_sample: int, prompts: int, steps: int, seed: int,
+        online: OnlineStates | None = None,
+    ):  # fmt: skip
         self.source, self.config, self.first_sample, self.prompts, self.seed = source, config, first_sample, prompts, seed
+        self.online = online or source
         place = torch.arange(config.prompt_length + config.seq_length) - config.prompt_length
         self.is_new = place >= 0  # bool [prompt + new]
         self.is_start = (place >= -1) & (place < config.seq_length - steps - 1)  # bool [prompt + new]
@@ -77,7 +82,7 @@ class ContinuedStates:
     def begin(self, batch: TokenBatch) -> TokenBatch:
         """The batch itself before stage 2; then [prompts * samples, prompt + new], its tokens on the base's device."""
         if batch.index[0] < self.first_sample:
-            return batch
+            return self.source.begin(batch)
         keys, tokens, usable = self.cut(batch)
         new = torch.arange(self.config.seq_length)
         tokens = self._continued(tokens, uniform(self.seed, Stream.CONTINUATION, keys[:, None], new))
@@ -94,16 +99,16 @@ class ContinuedStates:
     def states(self, batch: TokenBatch) -> BaseStates:
         if not self._awaited:
             return self.source.states(batch)
-        states = self.source.states(batch._replace(document_ids=None))  # one document a row: attention needs no mask
+        states = self.online.states(batch._replace(document_ids=None))  # one document a row: attention needs no mask
         self._awaited -= 1
         if not self._awaited:
-            free_frozen(self.source.base)
+            free_frozen(self.online.base)
         return states
 
     def work(self, samples: int) -> tuple[int, int]:
         """Tokens that are made of this many samples, and the base's floating-point operations: to sample them, and for their states."""
         prompts, new, length = samples * self.prompts, self.config.seq_length, self.config.prompt_length + self.config.seq_length
-        base, tokens = self.source.base, prompts * length
+        base, tokens = self.online.base, prompts * length
         sampling = base.flops(tokens - prompts, length - 1)  # the last token is not fed
         vocab_size, hidden_size = base.config.vocab_size, base.config.hidden_size
         return tokens, sampling + 2 * prompts * new * hidden_size * vocab_size + base.flops(tokens, length)
@@ -128,7 +133,7 @@ class ContinuedStates:
         return keys, batch.tokens[rows, begin + torch.arange(length)], usable.any(1)
 
     def _continued(self, prompts: Tensor, quantiles: Tensor) -> Tensor:
-        base, config = self.source.base, self.config
+        base, config = self.online.base, self.config
         device = base.readout.norm.weight.device
         rule = Sampling(config.temperature, config.top_k)
         try:

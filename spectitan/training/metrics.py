@@ -77,6 +77,7 @@ class MetricsLogger:
         tokens_per_second: float,
         waiting: float,
         flops_per_second: float,
+        state_counts: dict[str, int] | None = None,
         **per_head: list[float],
     ) -> None:
         """One report, about the steps since the one before.
@@ -91,6 +92,7 @@ class MetricsLogger:
             tokens_by_dataset: tokens that the loss mask lets be targets.
             sample_hash: of the samples trained on, in hexadecimal.
             data_counts: documents dropped, split or truncated before training, by reason; the same in every report of a run.
+            state_counts: samples by where their hidden states came from; None where all come from the base in this job.
             tokens_per_second: over all ranks, padding left out.
             waiting: share of the time spent waiting for data, 0 to 1.
             flops_per_second: useful ones, over all ranks.
@@ -102,6 +104,8 @@ class MetricsLogger:
         scalars |= {"tokens_per_second": tokens_per_second, "waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
         record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
         record["data_counts"] = data_counts
+        if state_counts:
+            record["state_counts"] = state_counts
         utils.on_main(lambda: _append(self.file, record))
         if self.file is None:
             return
@@ -111,9 +115,9 @@ class MetricsLogger:
             for name, values in per_head.items():
                 for head, value in enumerate(values):
                     self.tensorboard.add_scalar(f"{name}/head_{head}", value, step)
-        logger.info("%s", self._line(step, scalars, per_head))
+        logger.info("%s", self._line(step, scalars, per_head, state_counts))
 
-    def _line(self, step: int, scalars: dict[str, float], per_head: dict[str, list[float]]) -> str:
+    def _line(self, step: int, scalars: dict[str, float], per_head: dict[str, list[float]], state_counts: dict[str, int] | None) -> str:
         flops = f"{scalars['flops_per_second'] / 1e12:.3g} TFLOP/s"
         if self.peak_flops:
             flops += f", MFU {100 * scalars['flops_per_second'] / (utils.world_size() * self.peak_flops):.1f}%"
@@ -126,6 +130,8 @@ class MetricsLogger:
             parts.append(f"{scalars['skipped_steps']} steps skipped: a gradient norm was not finite")
         if scalars["unsupervised_steps"]:
             parts.append(f"{scalars['unsupervised_steps']} steps without a supervised token")
+        if state_counts:
+            parts.append("states: " + ", ".join(f"{count} {name}" for name, count in state_counts.items() if count))
         parts += [f"{scalars['tokens_per_second']:,.0f} tokens/s", f"data {100 * scalars['waiting']:.1f}%"]
         return " | ".join([*parts, f"{scalars['peak_memory'] / 1e9:.2f} GB", flops])
 

@@ -28,6 +28,7 @@ class Reporter:
             optimizer steps, over all ranks.
         dtype, device: of the losses.
         step: optimizer steps done.
+        state_counts: takes the counts of where hidden states came from, over all ranks; None where all come from the base.
 
     Attributes:
         sums: of the steps since the last report.
@@ -44,7 +45,9 @@ class Reporter:
         dtype: torch.dtype,
         device: torch.device,
         step: int,
+        state_counts: Callable[[], dict[str, int]] | None = None,
     ):
+        self.state_counts = state_counts
         self.metrics, self.rows, self.columns, self.datasets = metrics, rows, columns, datasets
         self.data_counts, self.work, self.dtype, self.device = data_counts, work, dtype, device
         self._begin(step)
@@ -84,6 +87,7 @@ class Reporter:
             tokens_by_dataset=dict(zip(self.datasets, self.sums.tokens_by_dataset.tolist())),
             sample_hash=f"{self.sums.sample_hash:016x}",
             data_counts=self.data_counts,
+            state_counts=self.state_counts() if self.state_counts else None,
             tokens_per_second=self.sums.tokens * here,
             waiting=self.seconds_waiting / seconds,
             flops_per_second=flops * here,

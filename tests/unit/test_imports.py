@@ -28,7 +28,8 @@ MAY_IMPORT = {
     # Shared by programs.
     "evaluation": {"config", "models", "data", "speculators", "decoding", "states", "distributed", "trained"},
     "exporting": {"config", "models", "speculators", "trained"},
-    "finishing": {"config", "evaluation", "exporting"},
+    "filling": {"config", "models", "data", "speculators", "states", "distributed", "trained", "training"},
+    "finishing": {"config", "evaluation", "exporting", "states"},
     "trained": {"config", "models", "speculators", "training"},
 }
 OURS = set(MAY_IMPORT) | LEAVES | PROGRAMS

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectitan.config.sections import Data
-from spectitan.data.documents import arrow, compressed, jsonl, parquet
+from spectitan.data.documents import arrow, compressed, jsonl, parquet, pt
 from spectitan.data.documents.rows import Kind, Row
 
 
@@ -23,14 +23,17 @@ TABLES = {
     "jsonl": Table("JSON lines", (".jsonl", ".ndjson", *_PACKED_JSONL), jsonl.rows),
     "parquet": Table("Parquet", (".parquet",), parquet.rows),
     "arrow": Table("Arrow", (".arrow",), arrow.rows),
+    "pt": Table("PyTorch", (".pt",), pt.rows),
 }
+# A .pt file by itself may be anything.
+_BY_SUFFIX = [table for name, table in TABLES.items() if name != "pt"]
 
 
 def table_of(data: Data, file: str) -> Table | None:
     """The format of a file of the data; None for text."""
     if data.format != "auto":
         return TABLES.get(data.format)
-    return next((table for table in TABLES.values() if file.endswith(table.suffixes)), None)
+    return next((table for table in _BY_SUFFIX if file.endswith(table.suffixes)), None)
 
 
 def readable_suffixes(data: Data) -> tuple[str, ...]:
@@ -38,7 +41,7 @@ def readable_suffixes(data: Data) -> tuple[str, ...]:
     if data.format in TABLES:
         return TABLES[data.format].suffixes
     text = tuple(data.suffixes)
-    return text if data.format == "text" else text + sum((table.suffixes for table in TABLES.values()), ())
+    return text if data.format == "text" else text + sum((table.suffixes for table in _BY_SUFFIX), ())
 
 
 def format_name(table: Table | None, file: str) -> str:
