@@ -2,13 +2,16 @@
 
     python benchmarks/fused_loss.py
     python benchmarks/fused_loss.py --shapes 32000x512x6144 --chunk-rows 128 256 512 1024
+    python benchmarks/fused_loss.py --shapes 32000x512x6144 --losses kl_div tv jsd '{"ce": 0.1, "tv": 0.9}' --compile
 
 A call is forward and backward, both gradients, nothing of a training step beside it. Ways:
 
 fused     fused_linear_loss
 unfused   objectives/losses.py under autograd, all logits at once
-products  the floor: logits, both gradients and, for kl_div, the logits of the distinct teacher rows; each one matrix product of
+products  the floor: logits, both gradients and, but for ce, the logits of the distinct teacher rows; each one matrix product of
           all rows into memory that is there already
+
+With --compile, fused compiles the passes of mixtures, as training does where there is a C++ compiler.
 
 Each way runs in a process of its own and they take turns, so that whatever else the machine does meets all alike; figures are
 medians. On a machine that others use too, compare processor time, with one thread. Memory is the peak of resident memory in a
@@ -29,8 +32,10 @@ from pathlib import Path
 
 import torch
 
+from spectitan.config.loss_mixture import needs_teacher
 from spectitan.objectives import losses
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
+from spectitan.objectives.mixture_pass import compile_mixtures
 
 ALLOCATORS = {
     "glibc": {"THP_MEM_ALLOC_ENABLE": "0"},
@@ -44,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["32000x512x6144", "4096x256x6144", "128000x512x2048"], help="vocabulary x width x rows")
     parser.add_argument("--losses", nargs="+", default=["ce", "kl_div"])
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--chunk-rows", nargs="+", type=int, default=[-1])
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=list(ALLOCATORS))
     parser.add_argument("--dtype", default="float32")
@@ -63,6 +69,7 @@ def main() -> None:
             for loss in arguments.losses
             for row in compare(arguments, allocator, shape, loss)
         ],
+        "compiled": arguments.compile,
         "dtype": arguments.dtype,
         "threads": arguments.threads,
         "repeats": arguments.repeats,
@@ -75,11 +82,12 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, allocator: str, shape: str, loss: str) -> list[dict]:
     """All ways at one shape, in turns; prints and returns their rows of the table."""
+    compiled = ["--compile"] if arguments.compile else []
     ways = [("products", -1), ("unfused", -1), *(("fused", chunk_rows) for chunk_rows in arguments.chunk_rows)]
     options = ["--threads", str(arguments.threads), "--dtype", arguments.dtype, "--shapes", shape, "--losses", loss]
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--way", way, "--chunk-rows", str(chunk_rows), *options],
+            [sys.executable, __file__, "--way", way, "--chunk-rows", str(chunk_rows), *options, *compiled],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATORS[allocator],
         )  # fmt: skip
         for way, chunk_rows in ways
@@ -117,6 +125,7 @@ def call(process: subprocess.Popen) -> dict:
 def measure(arguments: argparse.Namespace) -> None:
     """A measuring process: one call for each line of standard input."""
     torch.set_num_threads(arguments.threads)
+    compile_mixtures(arguments.compile)
     vocabulary, width, rows = map(int, arguments.shapes[0].split("x"))
     run = prepare(arguments.way, arguments.losses[0], vocabulary, width, rows, getattr(torch, arguments.dtype), arguments.chunk_rows[0])
     before = resident("VmRSS")
@@ -145,10 +154,8 @@ def prepare(way: str, loss: str, vocabulary: int, width: int, rows: int, dtype: 
     def unfused() -> None:
         hidden.grad = weight.grad = None
         logits = (hidden @ weight.T).float()
-        if loss == "ce":
-            row_losses, _ = losses.ce(logits, targets)
-        else:
-            row_losses, _ = losses.kl_div(logits, (teacher.hidden @ teacher.weight.T).float()[teacher_rows])
+        teacher_logits = (teacher.hidden @ teacher.weight.T).float()[teacher_rows] if needs_teacher(loss) else None
+        row_losses, _ = losses.mixture(loss, logits, targets, teacher_logits)
         (row_losses @ row_weights).backward()
 
     if way != "products":
@@ -158,7 +165,7 @@ def prepare(way: str, loss: str, vocabulary: int, width: int, rows: int, dtype: 
     d_hidden, d_weight = torch.zeros_like(inputs), torch.zeros_like(head)
 
     def products() -> None:
-        if loss == "kl_div":
+        if needs_teacher(loss):
             torch.mm(teacher.hidden, teacher.weight.T, out=teacher_logits)
         torch.mm(inputs, head.T, out=logits)
         torch.mm(logits, head, out=d_hidden)

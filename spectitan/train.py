@@ -39,6 +39,7 @@ from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import arch_of
 from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
+from spectitan.objectives.mixture_pass import compile_mixtures
 from spectitan.signals import StopSignal
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.joint import Joint
@@ -230,8 +231,8 @@ class Trainer:
             apply_tp(self.base, arch_of(self.base.config), self.world.tp_mesh)
         if config.base.activation_checkpointing:
             apply_activation_checkpointing(self.base.layers)
-        if config.base.arch != "hf":  # transformers' own code runs as it is
-            apply_compile(config.compile.enabled, self.device, self.base.layers)
+        blocks = [] if config.base.arch == "hf" else self.base.layers  # transformers' own code runs as it is
+        compile_mixtures(apply_compile(config.compile.enabled, self.device, blocks))
         apply_fsdp(
             self.base, self.speculator, self.world.mesh, self.compute_dtype,
             freeze_base=config.base.freeze, speculator_mesh=self.world.speculator_mesh,

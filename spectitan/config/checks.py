@@ -7,6 +7,7 @@ import os
 import typing
 from pathlib import Path
 
+from spectitan.config.loss_mixture import loss_weights
 from spectitan.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -43,6 +44,7 @@ def check_combinations(config: Config, program: str) -> None:
     _require(config.job.dump_folder, 'job.dump_folder = ""; allowed: a folder')
     name = config.job.run_name
     _require(name in ("", Path(name).name) and name != "..", f"job.run_name = {name!r}; allowed: a name without /")
+    loss_weights(config.objective.loss)
     _check_data(config)
     _check_tree(config)
     _check_draft_config(config)
@@ -158,7 +160,8 @@ def _check_what_is_trained(config: Config) -> None:
         _require(not base.activation_checkpointing, f"base.activation_checkpointing = true {_FROZEN}")
         _require(config.optimizer.base_lr == -1, f"optimizer.base_lr = {config.optimizer.base_lr:g} {_FROZEN}")
     if family == "none":
-        _require(config.objective.loss == "ce", 'objective.loss = "kl_div" with speculator.type = "none" has no teacher; allowed: ce')
+        loss = config.objective.loss
+        _require(loss == "ce", f'objective.loss = {loss!r} with speculator.type = "none" has no teacher; allowed: ce')
         others = exported in ("auto", "hf", "none")
         _require(others, f'export.format = "{exported}" with speculator.type = "none"; allowed: auto, hf, none')
     if base.freeze or family == "none":

@@ -201,7 +201,13 @@ class States:
 
 @dataclass
 class Objective:
-    loss: str = key("ce", "ce: cross-entropy against the text; kl_div: KL divergence to the base's distribution", choices=("ce", "kl_div"))
+    loss: str = key(
+        "ce",
+        "ce: cross-entropy against the text. Or of the drafter's q against the base's p, where alpha is the sum of min(p, q): kl_div: "
+        "KL(p, q); rkl: KL(q, p); jsd: Jensen-Shannon; tv: 1 - alpha; nla: -log alpha; lk_hybrid: kl_div, and the more tv the larger "
+        "alpha is; ce_argmax: cross-entropy against p's likeliest token. Or weights of several: "
+        '{"ce": 0.1, "tv": 0.9}',
+    )
     chunk_rows: int = key(-1, "rows of logits alive at once; -1: worked out (CPU: near 64 MB, at most 1024)", minimum=-1)
 
 
@@ -252,7 +258,7 @@ class Metrics:
 @dataclass
 class Compile:
     enabled: str = key(
-        "auto", "torch.compile of blocks: auto where a C++ compiler (CPU) or a GPU is found", choices=("auto", "true", "false")
+        "auto", "torch.compile of blocks and of mixed losses: auto where a C++ compiler (CPU) or a GPU is found", choices=("auto", "true", "false")
     )
 
 

@@ -5,6 +5,8 @@ of hidden states and head; the backward pass only scales those. All chunks use t
 size costs more than the arithmetic on it.
 """
 
+import importlib.util
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
-from spectitan.objectives import row_passes
-from spectitan.objectives.row_passes import Distributions
+from spectitan.config.loss_mixture import loss_weights, needs_teacher
+from spectitan.objectives.block_passes import block_pass
 from spectitan.objectives.vocab_parallel import vocab_parallel_ce
 
 
@@ -42,30 +44,41 @@ def fused_linear_loss(
         weight: [V, w], of the same dtype. Frozen, it costs no work on its gradient; under no_grad there is none at all. It, and a
             teacher's, may be divided over the ranks of a mesh (tensor parallelism), which then call this together, each with its own rows.
         row_weights: [N], constants. A row of weight 0 has statistics, and exactly no gradient.
-        loss: "ce", against `targets`; or "kl_div", KL(p || q) to the teacher's distribution p.
-        targets: int64 [N]; unused by kl_div.
-        teacher: of kl_div; constant. Unused by ce.
+        loss: as `objective.loss`: a name in objectives/losses.py, or weights of several.
+        targets: int64 [N], of ce. A row whose target is -1 has none, and no ce.
+        teacher: p, of all other losses; constant.
         chunk_rows: rows of logits alive at once; -1: as many as use the hardware well, in bounded memory.
 
     Returns:
         total: [], float32 (float64 when computing in float64).
-        row_stats: [N, 3], of the same dtype, constants: loss in nats; correct, 1 if no logit is above that of the target
-            (kl_div: of argmax p, the first of equals), so that a tie counts as right; alpha, q(target) or sum min(p, q),
-            the expected acceptance of a token drawn from q (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
+        row_stats: [N, 3], of the same dtype, constants: loss in nats; correct, 1 if no logit is above that of argmax p, the
+            first of equals (without a teacher: the target), so that a tie counts as right; alpha, sum min(p, q) (without a teacher:
+            q(target)), the expected acceptance of a token drawn from q (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
     """
-    assert loss in ("ce", "kl_div"), loss
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
     wanted = torch.is_grad_enabled()  # asked here, because inside the Function needs_input_grad stays True under no_grad
-    teacher = teacher if loss == "kl_div" else None
+    weights, teacher = loss_weights(loss), teacher if needs_teacher(loss) else None
+    assert needs_teacher(loss) == (teacher is not None), f"{loss} without a teacher"
+    if len(weights) == 1 and loss not in weights:  # one loss, with a weight
+        ((loss, times),) = weights.items()
+        total, row_stats = fused_linear_loss(
+            hidden, weight, times * row_weights, loss=loss, targets=targets, teacher=teacher, chunk_rows=chunk_rows
+        )
+        return total, torch.cat([times * row_stats[:, :1], row_stats[:, 1:]], 1)
     if isinstance(weight, DTensor) and loss == "ce":
         rows = _automatic_chunk_rows(weight.to_local()) if chunk_rows == -1 else chunk_rows
-        return vocab_parallel_ce(hidden, weight, row_weights, targets, rows, wanted and hidden.requires_grad)
+        known = targets >= 0
+        total, row_stats = vocab_parallel_ce(
+            hidden, weight, row_weights * known, targets.clamp_min(0), rows, wanted and hidden.requires_grad
+        )
+        return total, row_stats * known[:, None]
     weight, teacher = _whole(weight), teacher and teacher._replace(weight=_whole(teacher.weight))
     if chunk_rows == -1:
         chunk_rows = _automatic_chunk_rows(weight)
     return _FusedLinearLoss.apply(
-        hidden, weight, row_weights, targets, teacher, chunk_rows, wanted and hidden.requires_grad, wanted and weight.requires_grad
-    )
+        hidden, weight, row_weights, weights, targets, teacher, chunk_rows,
+        wanted and hidden.requires_grad, wanted and weight.requires_grad,
+    )  # fmt: skip
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -82,18 +95,18 @@ def _automatic_chunk_rows(weight: Tensor) -> int:
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, row_weights, targets, teacher, chunk_rows, hidden_grad, weight_grad):
+    def forward(ctx, hidden, weight, row_weights, weights, targets, teacher, chunk_rows, hidden_grad, weight_grad):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         row_weights = row_weights.to(dtype)
         row_stats = torch.empty(len(hidden), 3, dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if hidden_grad else None
         d_weight = _WideSum(weight, dtype) if weight_grad else None
         d_logits = None
-        chunks = _Chunks(weight, targets, teacher, min(chunk_rows, len(hidden)), dtype)
+        chunks = _Chunks(weight, weights, targets, teacher, len(hidden), chunk_rows)
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            row_stats[rows], d_logits, scale = chunks.score(hidden[rows], rows)
-            scale *= row_weights[rows, None]
+            row_stats[rows], d_logits, factors = chunks.score(hidden[rows], rows)
+            scale = factors * row_weights[rows, None]
             if hidden_grad:
                 torch.mm(d_logits, weight, out=d_hidden[rows]).mul_(scale)
             if weight_grad:
@@ -106,59 +119,46 @@ class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, _):
-        return *(None if gradient is None else gradient * d_total for gradient in ctx.saved_tensors), *[None] * 6
+        return *(None if gradient is None else gradient * d_total for gradient in ctx.saved_tensors), *[None] * 7
 
 
 class _Chunks:
     """The logits of one chunk after another, in the same memory, and what becomes of them."""
 
-    def __init__(self, weight: Tensor, targets: Tensor, teacher: Teacher | None, chunk_rows: int, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, weights: Mapping[str, float], targets: Tensor, teacher: Teacher | None, rows: int, chunk_rows: int):
         self.weight, self.targets, self.teacher = weight, targets[:, None], teacher
-        self.logits = weight.new_empty(chunk_rows, len(weight))
-        # Row passes go by blocks of a million logits, which stay in a CPU's cache. A GPU takes the chunk at once.
-        self.block_rows = max(1, min(chunk_rows, (1 << 20) // len(weight) if weight.device.type == "cpu" else chunk_rows))
-        self.wide = self._scratch(self.block_rows, dtype) if weight.dtype != dtype else None
+        self.row_pass = _row_pass(weight)(weights, rows, chunk_rows, weight)
+        self.logits = weight.new_empty(min(rows, chunk_rows), len(weight))
         if teacher is not None:
             self.teacher_rows = teacher.rows.cpu()
-            self.teacher_logits = self._scratch(chunk_rows, dtype)
-            self.p, self.scratch = self._scratch(self.block_rows, dtype), self._scratch(self.block_rows, dtype)
-
-    def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return self.logits.new_empty(rows, len(self.weight), dtype=dtype)
+            self.teacher_logits = torch.empty_like(self.logits, dtype=self.row_pass.teacher_dtype)
 
     def score(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """row_stats of a chunk; d_logits [rows, V] and scale [rows, 1], whose product is the gradient on its logits."""
-        if self.teacher is not None:
-            distributions, place = self._distributions(self.teacher_rows[rows])
+        """row_stats of a chunk; d_logits [rows, V] and factors [rows, 1], whose product is the gradient on its logits."""
+        teacher_logits, place = (None, None) if self.teacher is None else self._teachers(self.teacher_rows[rows])
         logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
-        targets = self.targets[rows]
-        results = []
-        for block in self._blocks(len(logits)):
-            wide = logits[block] if self.wide is None else self.wide[: block.stop - block.start].copy_(logits[block])
-            if self.teacher is None:
-                results.append(row_passes.ce(wide, targets[block]))
-            else:
-                p = distributions.select(place[block], self.p[: len(wide)])
-                results.append(row_passes.kl_div(wide, p, self.scratch[: len(wide)]))
-            if self.wide is not None:
-                logits[block] = wide
-        row_stats, scale = (torch.cat(parts) for parts in zip(*results))
-        return row_stats, logits, scale
+        row_stats, factors = self.row_pass.score(logits, self.targets[rows], teacher_logits, place)
+        return row_stats, logits, factors
 
-    def _distributions(self, teacher_rows: Tensor) -> tuple[Distributions, Tensor]:
-        """Of the distinct rows among teacher_rows; and the place of each row among them."""
+    def _teachers(self, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the distinct rows among teacher_rows; and the place of each row among them."""
         distinct, place = torch.unique_consecutive(teacher_rows, return_inverse=True)
         hidden = self.teacher.hidden[distinct.to(self.logits.device, non_blocking=True)]
-        wide = self.teacher_logits[: len(hidden)]
-        logits = torch.mm(hidden, self.teacher.weight.T, out=wide if self.wide is None else self.logits[: len(hidden)])
-        if self.wide is not None:
-            wide.copy_(logits)
-        blocks = [row_passes.distributions(wide[block], self.scratch[: block.stop - block.start]) for block in self._blocks(len(wide))]
-        columns = (torch.cat(parts) for parts in list(zip(*blocks))[1:])
-        return Distributions(wide, *columns), place.to(self.logits.device, non_blocking=True)
+        logits = self.teacher_logits[: len(hidden)]
+        if logits.dtype == self.logits.dtype:
+            torch.mm(hidden, self.teacher.weight.T, out=logits)
+        else:
+            logits.copy_(torch.mm(hidden, self.teacher.weight.T, out=self.logits[: len(hidden)]))
+        return logits, place.to(self.logits.device, non_blocking=True)
 
-    def _blocks(self, rows: int) -> list[slice]:
-        return [slice(start, min(start + self.block_rows, rows)) for start in range(0, rows, self.block_rows)]
+
+def _row_pass(weight: Tensor) -> Callable:
+    """What scores the logits of a head."""
+    if weight.is_cuda and weight.dtype != torch.float64 and importlib.util.find_spec("triton"):
+        from spectitan.objectives.triton_pass import TritonPass
+
+        return TritonPass
+    return block_pass
 
 
 class _WideSum:

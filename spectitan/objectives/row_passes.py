@@ -16,7 +16,7 @@ from torch import Tensor
 _ARGMAX_BLOCK = 256
 # Logits further below the largest count as this far below. exp(-50) is nothing even in float64, but an exp of less soon leads to
 # denormal numbers, on which a CPU's matrix products take forty times as long.
-_LOWEST = -50.0
+LOWEST = -50.0
 
 
 class Distributions(NamedTuple):
@@ -33,20 +33,24 @@ class Distributions(NamedTuple):
 
 
 def ce(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy against tokens, int64 [rows, 1]; leaves normaliser * (q - onehot). Returns row_stats, 1 / normaliser."""
+    """Cross-entropy against tokens, int64 [rows, 1]; leaves normaliser * (q - onehot). Returns row_stats, 1 / normaliser.
+
+    A row whose target is -1 has none: zeros.
+    """
+    known, targets = targets >= 0, targets.clamp_min(0)
     logits.sub_(logits.amax(1, keepdim=True))
     target = logits.gather(1, targets)
-    normaliser = logits.clamp_min_(_LOWEST).exp_().sum(1, keepdim=True)
+    normaliser = logits.clamp_min_(LOWEST).exp_().sum(1, keepdim=True)
     unnormalised = target.exp()
     logits.scatter_(1, targets, unnormalised - normaliser)
-    return torch.cat([normaliser.log() - target, target == 0, unnormalised / normaliser], 1), 1 / normaliser
+    return torch.cat([normaliser.log() - target, target == 0, unnormalised / normaliser], 1) * known, known / normaliser
 
 
 def distributions(logits: Tensor, scratch: Tensor) -> Distributions:
     """softmax(logits); its `unnormalised` takes the logits' place."""
-    best = _argmax(logits)
+    best = argmax(logits)
     logits.sub_(logits.gather(1, best))
-    logits.clamp_min_(_LOWEST)
+    logits.clamp_min_(LOWEST)
     weighted_sum = torch.exp(logits, out=scratch).mul_(logits).sum(1, keepdim=True)
     normaliser = logits.exp_().sum(1, keepdim=True)
     return Distributions(logits, normaliser, weighted_sum / normaliser - normaliser.log(), best)
@@ -57,7 +61,7 @@ def kl_div(logits: Tensor, teacher: Distributions, scratch: Tensor) -> tuple[Ten
     logits.sub_(logits.amax(1, keepdim=True))
     best = logits.gather(1, teacher.best)
     mean = torch.mul(teacher.unnormalised, logits, out=scratch).sum(1, keepdim=True) / teacher.normaliser
-    normaliser = logits.clamp_min_(_LOWEST).exp_().sum(1, keepdim=True)
+    normaliser = logits.clamp_min_(LOWEST).exp_().sum(1, keepdim=True)
     logits.addcmul_(teacher.unnormalised, normaliser / teacher.normaliser, value=-1)
     # sum min(p, q) = 1 - sum |q - p| / 2, because both sum to 1.
     alpha = 1 - torch.abs(logits, out=scratch).sum(1, keepdim=True) / (2 * normaliser)
@@ -65,7 +69,7 @@ def kl_div(logits: Tensor, teacher: Distributions, scratch: Tensor) -> tuple[Ten
     return torch.cat([loss, best == 0, alpha], 1), 1 / normaliser
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """argmax(1, keepdim=True), the first of equals, by way of amax: on a CPU argmax takes ten times as long."""
     columns = logits.shape[1]
     whole = columns // _ARGMAX_BLOCK * _ARGMAX_BLOCK

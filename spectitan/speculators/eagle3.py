@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectitan.config.loss_mixture import needs_teacher
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
@@ -200,29 +201,25 @@ class Eagle3Speculator(Speculator):
         host, text, final = targets.host or targets, batch.tokens.flatten(), states.final.detach().flatten(0, 1)
         attention = TTTAttention(self.config.attention, batch.document_ids, host.extra[2], rows)
         hidden = self.norm(self._unroll(batch, states, rows, attention, readout).index_select(0, output))
-        tokens, row_weights = text[targets.teacher + 1], self.row_weights(targets, denominators)
+        tokens = text[targets.teacher + 1]
         inside, ids = torch.ones_like(tokens, dtype=torch.bool), tokens
         if self.reduced:
             inside = self.t2d[tokens]
-            ids = torch.searchsorted(self.draft_ids, tokens).clamp_max(self.draft_vocab_size - 1)
-            if self.loss == "ce":  # there is no logit of such a target
-                row_weights = row_weights * inside
+            ids = torch.where(inside, torch.searchsorted(self.draft_ids, tokens), -1)
 
         def loss_of_head(readout: Readout, hidden: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
             frozen = self._rows_of_head(readout)  # what the teacher has, over the draft vocabulary
             head = self.lm_head.weight if self.config.train_head else frozen
-            teacher = None if self.loss == "ce" else Teacher(final, frozen, host.teacher)
+            teacher = Teacher(final, frozen, host.teacher) if needs_teacher(self.loss) else None
             total, row_stats = fused_linear_loss(
                 hidden, head, row_weights, loss=self.loss, targets=ids, teacher=teacher, chunk_rows=self.chunk_rows
             )
-            if self.loss == "ce":
-                row_stats = row_stats * inside[:, None]
             row_stats[:, 1] *= inside
             if self.reduced and not torch.is_grad_enabled():  # validation: against all of the base's vocabulary
                 row_stats[:, 2] = expected_acceptance(hidden, head, final, whole(readout.head.weight), targets.teacher, self.draft_ids)
             return total, row_stats
 
-        total, row_stats = readout.call(loss_of_head, hidden, row_weights)
+        total, row_stats = readout.call(loss_of_head, hidden, self.row_weights(targets, denominators))
         own = torch.stack([right_before(row_stats[:, 1], targets, len(text)), ~inside], 1)
         return collect_loss(total, torch.cat([row_stats, own.to(row_stats.dtype)], 1), targets, len(text))
 
@@ -395,7 +392,7 @@ class Eagle3Speculator(Speculator):
             from_tokens = 2 * rows * self.hidden_size * outputs
         join = 4 * tokens * self.fc.weight.numel()
         pairs, head = sum(targets_per_step), self.hidden_size * self.draft_vocab_size
-        teacher = 0 if self.loss == "ce" else 2 * max(targets_per_step) * head
+        teacher = 2 * max(targets_per_step) * head if needs_teacher(self.loss) else 0
         return layers - from_tokens + join + (6 if self.config.train_head else 4) * pairs * head + teacher
 
 

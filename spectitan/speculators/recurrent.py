@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectitan.config.loss_mixture import needs_teacher
 from spectitan.config.sections import Objective, key
 from spectitan.errors import UserError
 from spectitan.models.layers import Linear, assign, draw_normal
@@ -122,7 +123,7 @@ class RecurrentSpeculator(Speculator):
         self.tied, self.scale_input = config.tie_weights, config.scale_input
         self.hidden_size, self.vocab_size = base_config.hidden_size, base_config.vocab_size
         self.loss, self.chunk_rows = objective.loss, objective.chunk_rows
-        self.needs_base_head = objective.loss != "ce"
+        self.needs_base_head = needs_teacher(objective.loss)
         width = self.hidden_size if config.speculator_width == -1 else config.speculator_width
         if width < 1:
             raise UserError("speculator.speculator_width = 0; allowed: 1 or more, or -1 for the base's hidden size")
@@ -199,7 +200,7 @@ class RecurrentSpeculator(Speculator):
             row_stats = torch.cat([stats for _, stats in parts])
             return torch.stack([total for total, _ in parts]).sum(), torch.empty_like(row_stats).index_copy_(0, by_step, row_stats)
 
-        if self.loss == "ce":
+        if not self.needs_base_head:
             total, row_stats = loss_of_heads(readout, hidden, row_weights)
         else:  # the base's head is read, so its unit has to be gathered
             total, row_stats = readout.call(loss_of_heads, hidden, row_weights)
@@ -207,7 +208,7 @@ class RecurrentSpeculator(Speculator):
 
     def _loss_of_head(self, step, hidden, row_weights, target_tokens, teacher_rows, final, readout) -> tuple[Tensor, Tensor]:
         """The fused loss of one distinct head on its rows."""
-        teacher = None if self.loss == "ce" else Teacher(final.detach(), readout.head.weight.detach(), teacher_rows)
+        teacher = Teacher(final.detach(), readout.head.weight.detach(), teacher_rows) if self.needs_base_head else None
         return fused_linear_loss(
             hidden, self.heads[step].weight, row_weights, loss=self.loss, targets=target_tokens, teacher=teacher, chunk_rows=self.chunk_rows
         )
@@ -257,7 +258,7 @@ class RecurrentSpeculator(Speculator):
         unrolled = 6 * sum(count * _matrix_elements(self.modules_of_step(step)) for step, count in enumerate(rows))
         first_inputs = 2 * rows[0] * next(self.projs[0].parameters()).numel()
         heads = 6 * sum(targets_per_step) * self.heads[0].weight.numel()
-        teacher = 0 if self.loss == "ce" else 2 * max(targets_per_step) * self.hidden_size * self.vocab_size
+        teacher = 2 * max(targets_per_step) * self.hidden_size * self.vocab_size if self.needs_base_head else 0
         return unrolled - first_inputs + heads + teacher
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ from spectitan.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def apply_compile(enabled: str, device: torch.device, blocks: Iterable[nn.Module]) -> None:
-    """Compiles blocks in place; parameter names stay as they are.
+def apply_compile(enabled: str, device: torch.device, blocks: Sequence[nn.Module]) -> bool:
+    """Compiles blocks in place; parameter names stay as they are. Returns whether it did.
 
     Args:
         enabled: `compile.enabled`; auto compiles on a GPU, and on a CPU if there is a C++ compiler.
@@ -23,15 +23,16 @@ def apply_compile(enabled: str, device: torch.device, blocks: Iterable[nn.Module
         UserError: "true", and there is no compiler.
     """
     if enabled == "false":
-        return
+        return False
     if device.type == "cpu" and not _cpp_compiler():
         if enabled == "true":
             raise UserError("compile.enabled = true needs a C++ compiler: g++ or clang++ in PATH, or CXX; or set auto or false")
         logger.info("compile.enabled = auto: no C++ compiler found, running eagerly")
-        return
+        return False
     for block in blocks:
         block.compile()
-    logger.info("base: blocks compiled")
+    logger.info("base: %d blocks compiled", len(blocks))
+    return True
 
 
 def _cpp_compiler() -> str | None:

@@ -79,7 +79,7 @@ def test_learning_rates_are_those_of_both_stages(world, tmp_path, start):
     assert [report["supervised_tokens"] == PROMPTS * (NEW - 3) for report in reports] == [x >= start for x in range(STEPS)]
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("loss", ["ce", "kl_div", '{"ce": 0.1, "tv": 0.9}'])
 def test_micro_batches_of_any_size_train_the_same(world, tmp_path, loss):
     changes = RUN | {"training__num_steps": 5, "training__compute_dtype": "float64", "objective__loss": loss, "checkpoint__interval": 100}
     for size in (1, 4):

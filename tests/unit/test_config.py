@@ -149,6 +149,14 @@ def test_file_values(toml_file, text, table, name, value):
         (["--data.datasets", "a", "--data.weights", "x"], ['data.weights = ["x"]', "list of numbers"]),
         (["--metrics.loggers", "wandb"], ['metrics.loggers = ["wandb"]', "list of any of tensorboard"]),
         (["--objective.loss", "mse"], ['objective.loss = "mse"', "one of ce, kl_div"]),
+        (["--objective.loss", '{"ce": 0.1, "mse": 0.9}'], ["'mse' is no loss", "one of ce, kl_div"]),
+        (["--objective.loss", '{"ce": 0, "tv": 0.9}'], ["the weight of ce is 0.0", "above 0"]),
+        (["--objective.loss", '{"ce": 1e999}'], ["the weight of ce is Infinity"]),
+        (["--objective.loss", '{"ce": true}'], ["the weight of ce is true"]),
+        (["--objective.loss", '{"ce": 1, "ce": 2}'], ["a loss is named twice"]),
+        (["--objective.loss", "{}"], ['objective.loss = "{}"', "allowed"]),
+        (["--objective.loss", '["ce"]'], ["objective.loss", "allowed"]),
+        (["--objective.loss", '{"ce": 0.1'], ["objective.loss", "allowed"]),
         (["--job.deterministic", "yes"], ['job.deterministic = "yes"', "true or false"]),
         (["--job.seed", str(2**63)], ["job.seed = 9223372036854775808"]),
         (["--job.seed", "9" * 5000], ["job.seed", "..."]),
@@ -314,6 +322,8 @@ def test_resolved_file_gives_the_same_configuration(key, tmp_path):
     if key.label in ("job.config_file", "speculator.type"):
         return
     items = list(key.choices) or ODD[key.item_type]
+    if key.label == "objective.loss":
+        items = ["kl_div", '{"ce": 0.1, "tv": 3}']
     tried = 0
     for value in [[], items[:1], items, items[::-1]] if key.is_list else items:
         try:

@@ -84,10 +84,7 @@ def oracle_loss(
                     targets.append(tokens[i + 2 + step])
                     where.append((row, int(at[i]), step))
     counts = torch.tensor([sum(step == k for *_, step in where) for k in range(steps)])
-    if loss == "ce":
-        values, stats = losses.ce(torch.stack(logits), torch.stack(targets))
-    else:
-        values, stats = losses.kl_div(torch.stack(logits), torch.stack(teachers))
+    values, stats = losses.mixture(loss, *map(torch.stack, (logits, targets, teachers)))
     right = {place: float(stat[1]) for place, stat in zip(where, stats)}
     total, sums = 0.0, torch.zeros(steps, 4, dtype=torch.float64)
     for place, value, stat in zip(where, values, stats):
@@ -111,8 +108,12 @@ CASES = {
 }
 
 
+MIXTURE = '{"ce": 0.3, "jsd": 0.4, "nla": 0.5}'
+LOSSES = ["ce", "kl_div", MIXTURE]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_metrics_and_gradients_of_the_dense_transcription(case, loss, attention):
     speculator, readout, batch = make_speculator(loss, attention=attention, **CASES[case]), make_readout(), make_batch()
@@ -176,7 +177,7 @@ def test_every_batch_calls_the_readout_as_often(tokens, monkeypatch):
     assert len(set(seen)) == 1 and seen[0] > 1
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_draft_vocabulary_of_some_tokens(loss):
     """Loss over the draft vocabulary, from the definition; a target outside is wrong, counted, and to ce of no account."""
     ids = torch.arange(3, VOCAB, 3)
@@ -202,12 +203,8 @@ def test_a_draft_vocabulary_of_some_tokens(loss):
     logits = seen["hidden"] @ readout.head.weight[ids].T
     tokens, teacher = batch.tokens.flatten()[targets.teacher + 1], states.final.flatten(0, 1)[targets.teacher]
     inside = torch.isin(tokens, ids)
-    if loss == "ce":
-        place = torch.searchsorted(ids, tokens).clamp_max(len(ids) - 1)
-        values, stats = losses.ce(logits, place)
-        values, stats = values * inside, stats * inside[:, None]
-    else:
-        values, stats = losses.kl_div(logits, teacher @ readout.head.weight[ids].T)
+    place = torch.where(inside, torch.searchsorted(ids, tokens), -1)
+    values, stats = losses.mixture(loss, logits, place, teacher @ readout.head.weight[ids].T)
     expected = (values / targets.counts[targets.step]).sum()
     torch.testing.assert_close(loss_of_all.total, expected, rtol=1e-9, atol=0)
     for step in range(3):
@@ -222,7 +219,7 @@ def test_a_draft_vocabulary_of_some_tokens(loss):
     torch.testing.assert_close(alpha, torch.zeros(3, dtype=torch.float64).index_add(0, targets.step, true_alpha), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_all_targets_outside_the_draft_vocabulary(loss):
     speculator, readout, batch = make_speculator(loss, ttt_steps=2, draft_vocab_size=2), make_readout(), make_batch()
     speculator.set_vocabulary(torch.tensor([50, 52]))
@@ -232,7 +229,7 @@ def test_all_targets_outside_the_draft_vocabulary(loss):
     result.total.backward()
     assert result.sums[:, 5].tolist() == result.counts.tolist() and result.sums[:, 1].tolist() == [0.0, 0.0]
     assert result.total.isfinite() and all(parameter.grad.isfinite().all() for parameter in speculator.parameters())
-    assert loss == "kl_div" or result.total == 0
+    assert (result.total == 0) == (loss == "ce")
 
 
 def test_own_tokens_are_what_it_would_draft():

@@ -1,15 +1,21 @@
 """The fused loss against the plain one in float64: values, gradients, awkward sizes, precision, memory."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from spectitan.objectives import losses, row_passes
+from spectitan.config.loss_mixture import loss_weights
+from spectitan.objectives import block_passes, losses, mixture_pass, row_passes
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 
-LOSSES = ("ce", "kl_div")
+SOFT = ("kl_div", "rkl", "jsd", "tv", "nla", "lk_hybrid", "ce_argmax")
+PAPER = '{"ce": 0.1, "tv": 0.9}'  # DSpark's
+ALL = '{"ce": 0.1, "kl_div": 0.2, "rkl": 0.3, "jsd": 0.4, "tv": 0.5, "nla": 0.6, "lk_hybrid": 0.7, "ce_argmax": 0.8}'
+LOSSES = ("ce", *SOFT, PAPER, ALL)
+FAST_AND_ALL = ("ce", "kl_div", ALL)  # each takes a path of its own
 
 
 def make_case(rows=97, vocabulary=1009, width=31, *, magnitude=1.0, dtype=torch.float32, seed=0):
@@ -20,6 +26,7 @@ def make_case(rows=97, vocabulary=1009, width=31, *, magnitude=1.0, dtype=torch.
     row_weights = torch.rand(rows, dtype=torch.float64, generator=generator)
     row_weights[::5] = 0
     targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets[3::7] = -1  # none
     teacher_hidden = (torch.randn(rows, 23, generator=generator) * magnitude / 23**0.5).to(dtype)
     teacher_weight = torch.randn(vocabulary, 23, generator=generator).to(dtype)
     teacher_rows = torch.randint(max(rows // 2, 1), (rows,), generator=generator).sort()[0]
@@ -36,10 +43,8 @@ def oracle(case, loss):
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in case[:2])
     row_weights, targets, teacher = case[2:]
     logits = hidden @ weight.T
-    if loss == "ce":
-        row_losses, row_stats = losses.ce(logits, targets)
-    else:
-        row_losses, row_stats = losses.kl_div(logits, teacher.hidden.double()[teacher.rows] @ teacher.weight.double().T)
+    teacher_logits = teacher and teacher.hidden.double()[teacher.rows.to(hidden.device)] @ teacher.weight.double().T
+    row_losses, row_stats = losses.mixture(loss, logits, targets, teacher_logits)
     total = row_losses @ row_weights
     return total.detach(), row_stats, *torch.autograd.grad(total, (hidden, weight))
 
@@ -72,7 +77,7 @@ def test_equals_the_oracle_around_block_boundaries(loss, vocabulary):
     assert_equals_oracle(make_case(7, vocabulary), loss, 1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", FAST_AND_ALL)
 def test_equals_the_oracle_where_a_chunk_takes_several_row_passes(loss):
     # A float32 product over so many columns is itself off by up to 2e-5 with some libraries, however it is reached.
     assert_equals_oracle(make_case(13, vocabulary=300_007, width=3), loss, 4e-5, chunk_rows=8)
@@ -83,7 +88,8 @@ def test_equals_the_oracle_where_a_chunk_takes_several_row_passes(loss):
 def test_logits_of_ten_thousand(loss):
     case = make_case(vocabulary=101, magnitude=3000)
     assert (case[0] @ case[1].T).abs().max() > 1e4
-    assert_equals_oracle(case, loss, 1e-5)
+    # Float32 products of that size are off by 1e-3, and rkl takes differences of these logits. Exact ones are tested below.
+    assert_equals_oracle(case, loss, 1e-3 if "rkl" in loss else 1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -93,7 +99,7 @@ def test_float64_is_computed_in_float64(loss):
     assert fused(case, loss)[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [name for name in LOSSES if "lk_hybrid" not in name])  # whose gradient holds a part of it constant
 def test_gradcheck(loss):
     hidden, weight, *rest = make_case(5, 7, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda hidden, weight: fused((hidden, weight, *rest), loss, chunk_rows=2)[0], (hidden, weight))
@@ -109,7 +115,8 @@ def test_bfloat16_keeps_statistics_in_float32(loss):
     assert_near(row_stats[:, 0], expected[1][:, 0], 5e-3)
     for actual, wanted in zip(torch.autograd.grad(total, case[:2]), expected[2:]):
         assert actual.dtype == torch.bfloat16
-        assert_near(actual, wanted, 2e-2)
+        # A rounded logit turns some q <= p around, where the gradients of tv and of its relatives jump.
+        assert (actual - wanted).norm() < (5e-2 if loss in ("tv", "nla", "lk_hybrid", PAPER) else 1e-2) * wanted.norm()
 
 
 def test_bfloat16_weight_gradient_is_accumulated_in_float32():
@@ -126,7 +133,8 @@ def test_a_row_of_weight_0_gives_no_gradient_and_keeps_its_statistics(loss):
     hidden, weight, row_weights, targets, teacher = make_case()
     total, row_stats = fused((hidden, weight, row_weights, targets, teacher), loss)
     d_hidden, d_weight = torch.autograd.grad(total, (hidden, weight))
-    assert not d_hidden[row_weights == 0].any() and (row_stats[row_weights == 0, 0] > 0).all()
+    scored = (row_weights == 0) & ((targets >= 0) | (loss != "ce"))
+    assert not d_hidden[row_weights == 0].any() and (row_stats[scored, 0] > 0).all()
     kept = row_weights > 0
     without = (hidden[kept], weight, row_weights[kept], targets[kept], teacher._replace(rows=teacher.rows[kept]))
     assert_near(torch.autograd.grad(fused(without, loss)[0], weight)[0], d_weight.double(), 1e-6)
@@ -144,6 +152,72 @@ def test_a_bad_row_spoils_no_other(loss):
     assert row_stats[4, 0].isnan() and row_stats[4, 1] == 0 and torch.equal(row_stats[others], expected_stats[others])
     actual, expected = torch.autograd.grad(total, spoiled)[0], torch.autograd.grad(expected_total, hidden)[0]
     assert torch.equal(actual[others], expected[others]) and not expected[rest[0] == 0].any()
+
+
+def extremes(rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a drafter and of a teacher: some of both +-1e4, certain of one token or of two, of the same or of others; and none so."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher_logits = torch.randn(2, rows, vocabulary, generator=generator)
+    signs = torch.randint(-1, 2, (2, rows, vocabulary), generator=generator)
+    logits[: rows // 2] += 1e4 * signs[0, : rows // 2]
+    teacher_logits[: rows // 3] += 1e4 * signs[1, : rows // 3]
+    logits[0], teacher_logits[0] = torch.full((vocabulary,), -1e4), torch.full((vocabulary,), 1e4)
+    logits[0, 3] = teacher_logits[1, 5] = 1e4
+    teacher_logits[-2] = logits[-2]
+    return logits, teacher_logits
+
+
+@pytest.mark.parametrize("loss", [*SOFT, ALL])
+def test_the_pass_of_mixtures_on_given_logits(loss):
+    """Numbers and gradients of float32 logits of +-1e4 themselves, which a matrix product would have rounded."""
+    logits, teacher_logits = extremes(31, 257)
+    targets = torch.randint(-1, 257, (31, 1), generator=torch.Generator().manual_seed(1))
+    exact = logits.double().requires_grad_()
+    row_losses, expected = losses.mixture(loss, exact, targets[:, 0], teacher_logits.double())
+    expected_gradient = torch.autograd.grad(row_losses.sum(), exact)[0]
+    row_stats = mixture_pass.mixture(logits, targets, teacher_logits, row_passes.argmax(teacher_logits), loss_weights(loss))
+    assert_near(row_stats, expected, 1e-5)
+    assert torch.equal(row_stats[:, 1].double(), expected[:, 1])
+    assert_near(logits, expected_gradient, 1e-5)
+
+
+def test_compiled_mixtures(monkeypatch):
+    """Blocks of the full size run compiled, what is left over eagerly; all equal the oracle."""
+    compiled = []
+    monkeypatch.setattr(mixture_pass, "run", mixture_pass.run)
+    monkeypatch.setattr(block_passes, "_BLOCK_LOGITS", 8 * 1009)
+    mixture_pass.compile_mixtures(True)
+    run = mixture_pass.run
+    monkeypatch.setattr(mixture_pass, "run", lambda logits, *args: compiled.append(len(logits)) or run(logits, *args))
+    assert_equals_oracle(make_case(45), ALL, 1e-5, chunk_rows=20)
+    assert compiled == [8, 8] * 2
+
+
+@pytest.mark.parametrize("loss", [*SOFT, ALL])
+def test_a_drafter_that_is_its_teacher(loss):
+    """Losses are 0 (ce_argmax apart), alpha is 1, and where a loss is smooth its gradient is 0."""
+    hidden, weight, row_weights, targets, teacher = make_case()
+    rows = torch.arange(len(hidden))
+    _, row_stats = fused((hidden, weight, row_weights, targets, Teacher(hidden.detach(), weight.detach(), rows)), loss)
+    assert (row_stats[:, 1] == 1).all()
+    assert_near(row_stats[:, 2], torch.ones(len(hidden)).double(), 1e-6)
+    if loss in ("ce_argmax", ALL):
+        return
+    assert row_stats[:, 0].abs().max() < 1e-6
+    if loss in ("kl_div", "rkl", "jsd"):
+        total, _ = fused((hidden, weight, row_weights, targets, Teacher(hidden.detach(), weight.detach(), rows)), loss)
+        assert torch.autograd.grad(total, weight)[0].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ce", "kl_div", "tv"])
+def test_a_weight_multiplies_a_single_loss(name):
+    case = make_case()
+    total, row_stats = fused(case, name)
+    doubled, doubled_stats = fused(case, json.dumps({name: 2}))
+    for one, two in zip((total, *torch.autograd.grad(total, case[:2])), (doubled, *torch.autograd.grad(doubled, case[:2]))):
+        assert_near(two, 2 * one.double(), 1e-6)
+    assert_near(doubled_stats[:, 0], 2 * row_stats[:, 0].double(), 1e-6)
+    assert torch.equal(doubled_stats[:, 1], row_stats[:, 1])
 
 
 def test_ties():
@@ -189,7 +263,7 @@ def test_only_wanted_gradients_are_made(loss, monkeypatch):
     def count(hidden, weight):
         products.clear()
         total, _ = fused((hidden, weight, *rest), loss)
-        return total, len(products) - (loss == "kl_div")
+        return total, len(products) - (loss != "ce")
 
     assert count(hidden, weight)[1] == 3
     assert count(hidden.detach(), weight)[1] == count(hidden, weight.detach())[1] == 2
@@ -221,7 +295,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - 2 * hidden.nby
 """
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["ce", "kl_div", PAPER])
 def test_memory_grows_by_less_than_a_twentieth_of_a_row_of_logits(loss):
     few, many = (int(subprocess.check_output([sys.executable, "-c", PEAK, loss, str(rows)])) for rows in (600, 1600))
     assert (many - few) / 1000 < 0.05 * 32000 * 4

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.models.readout import Readout
+from spectitan.objectives import losses
 from spectitan.objectives.fused_linear import fused_linear_loss
 from spectitan.speculators import recurrent
 from spectitan.speculators.lstm import LstmConfig
@@ -120,7 +121,10 @@ CASES = {  # n, tied, scaled, other keys
 }
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+MIXTURE = '{"ce": 0.3, "rkl": 0.4, "lk_hybrid": 0.5}'
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl_div", MIXTURE])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_definition(case, loss):
     n, tied, scaled, more = CASES[case]
@@ -153,6 +157,9 @@ def test_loss_and_gradients_are_those_of_the_definition(case, loss):
                 target, log_q = batch.tokens[row, j], F.log_softmax(logits, 0)
                 if loss == "ce":
                     pair_loss, alpha, right = -log_q[target], log_q[target].exp(), bool(logits.argmax() == target)
+                elif loss == MIXTURE:
+                    teacher_logits = readout.head.weight.detach() @ final[row, j - 1]
+                    (pair_loss,), ((_, right, alpha),) = losses.mixture(loss, logits[None], target[None], teacher_logits[None])
                 else:
                     p = F.softmax(readout.head.weight.detach() @ final[row, j - 1], 0)
                     pair_loss, alpha = (p * (p.log() - log_q)).sum(), torch.minimum(p, log_q.exp()).sum()
@@ -221,7 +228,7 @@ def test_one_fused_call_for_each_distinct_head(keys, calls, monkeypatch):
     assert [id(weight) for weight in seen] == [id(head.weight) for head in speculator.head] and len(seen) == calls
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("loss", ["ce", "kl_div", MIXTURE])
 @pytest.mark.parametrize(
     "keys", [{"tied": True}, {"tied": False}, {"tied": True, "tie_lstm_embs": True}, {"tied": True, "tie_lstm_embs": False, **LEVELS}]
 )
