@@ -12,7 +12,7 @@ from spectitan.types import TokenBatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", ["ce", "kl_div"])
+@pytest.mark.parametrize("loss", ["ce", "kl_div", '{"ce": 0.1, "tv": 0.9}'])
 def test_a_step_of_a_tied_drafter_does_not_wait(loss):
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
     base = EmbedLLaMA(LlamaConfig(vocab_size=1009, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2))
