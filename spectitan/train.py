@@ -250,7 +250,9 @@ class Trainer:
         if len(self.trained) == 2:
             next_token = build_speculator("none", None, self.base.config, config.objective)
             self.objective = Joint(next_token, self.speculator, config.training.speculator_loss_coeff, config.training.detach_states)
-        self.optimizer = build_optimizer(self.trained, config.optimizer)
+        self.optimizer = build_optimizer(
+            self.trained, config.optimizer, {f"speculator.{name}" for name in self.speculator.inner_matrices()}
+        )
 
     def _build_sources(self) -> None:
         """Where states come from: of the text, of held-out text, and of what is trained on, with stage 2's own text and with noise."""

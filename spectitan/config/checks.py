@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
+from spectitan.config.keys import toml_value
 from spectitan.config.loss_mixture import loss_weights
 from spectitan.errors import UserError
 
@@ -205,7 +207,29 @@ def _check_schedule(config: Config) -> None:
         given, frozen = f"stage2.start_step = {start}", config.base.freeze
         _require(frozen, f"{given} with base.freeze = false would train the base on its own text; allowed: -1, or base.freeze = true")
         _require(num_steps == -1 or start < num_steps, f"{given}; allowed: -1, or below training.num_steps = {num_steps}")
+    _check_optimizer(config)
     _require(len(betas) == 2 and max(betas) < 1, f"optimizer.betas = {betas}; allowed: two numbers, each at least 0 and below 1")
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.name == "muon":
+        given = 'optimizer.name = "muon" with speculator.type = "none"'
+        _require(config.speculator.type != "none", f"{given}: Muon trains a speculator's matrices; allowed: adamw")
+        _require(optimizer.muon_momentum < 1, "optimizer.muon_momentum = 1.0 takes in no gradient; allowed: at least 0 and below 1")
+    else:
+        muon = [name for name in vars(optimizer) if name.startswith("muon_")]
+        _refuse_unused(config, "optimizer", muon, f'optimizer.name = "{optimizer.name}"')
+
+
+def _refuse_unused(config: Config, table: str, names: Iterable[str], given: str) -> None:
+    """Keys that mean nothing beside what is `given` must be left at their defaults."""
+    section = getattr(config, table)
+    for name in names:
+        default, value = getattr(type(section)(), name), getattr(section, name)
+        _require(
+            value == default, f"{table}.{name} = {toml_value(value)} with {given}, which does not use it; allowed: {toml_value(default)}"
+        )
 
 
 def _require(condition: object, message: str) -> None:

@@ -90,7 +90,9 @@ class Data:
     messages_key: str = key(
         "messages", "column of chats, each a list of {role, content}; what the assistant says is supervised; empty: none"
     )
-    tools_key: str = key("tools", "column beside data.messages_key: the tools that a chat may call, JSON schemas or their text; empty: none")
+    tools_key: str = key(
+        "tools", "column beside data.messages_key: the tools that a chat may call, JSON schemas or their text; empty: none"
+    )
     tokens_column: str = key("tokens", "column of the token ids of texts, supervised throughout, as fms-fsdp has them; empty: none")
     input_ids_column: str = key("input_ids", "column of token ids whose mask is in data.loss_mask_column; empty: none")
     loss_mask_column: str = key("loss_mask", "column of masks: 1 where the token of the same place is supervised, else 0")
@@ -213,12 +215,26 @@ class Objective:
 
 @dataclass
 class Optimizer:
-    name: str = key("adamw", "optimizer", choices=("adamw",))
-    lr: float = key(1e-3, "peak learning rate", above=0)
+    name: str = key(
+        "adamw",
+        "adamw; muon: Muon for the speculator's matrices, AdamW for its embeddings, heads, norms and biases and for a trained base",
+        choices=("adamw", "muon"),
+    )
+    lr: float = key(1e-3, "peak learning rate, of AdamW", above=0)
     base_lr: float = key(-1.0, "peak learning rate of a trained base; -1: optimizer.lr", minimum=-1)
     betas: list[float] = key([0.9, 0.95], "AdamW's decay rates of the first and second moment", minimum=0, maximum=1)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = key(0.1, "AdamW's decoupled weight decay, of matrices only", minimum=0)
+    muon_lr: float = key(0.02, "Muon's peak learning rate", above=0)
+    muon_momentum: float = key(0.95, "Muon's (Nesterov) momentum", minimum=0, maximum=1)
+    muon_weight_decay: float = key(0.1, "Muon's decoupled weight decay", minimum=0)
+    muon_ns_steps: int = key(5, "Muon's Newton-Schulz iterations, in bfloat16", minimum=1, maximum=99)
+    muon_adjust_lr_fn: str = key(
+        "match_rms_adamw",
+        "how Muon's rate depends on a matrix's shape [rows, columns]. match_rms_adamw: times 0.2 sqrt(max(rows, columns)), so that updates "
+        "are as large as AdamW's; original: times sqrt(max(1, rows / columns))",
+        choices=("original", "match_rms_adamw"),
+    )
 
 
 @dataclass

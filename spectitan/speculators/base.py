@@ -101,6 +101,7 @@ class Speculator(nn.Module):
     drafts_trees: bool = False  # has draft_tree
     metrics: tuple[str, ...] = ("loss", "accuracy", "alpha", "full_accuracy")  # columns of Loss.sums; the first four are fixed
     formats: tuple[str, ...] = ()  # of export.format, that can hold it; auto is the first that holds all of it
+    head_modules: tuple[str, ...] = ("head", "lm_head")  # modules of its own whose outputs are tokens' scores
     borrowed: tuple[str, ...] = ()  # tensors of its folders that may be the base's own: see base_tensors
 
     @classmethod
@@ -131,6 +132,15 @@ class Speculator(nn.Module):
 
     def init_from_base(self, readout: Readout) -> None:
         """Copies what starts as the base's own weights, of a new speculator. Both may be sharded; all ranks call it together."""
+
+    def inner_matrices(self) -> set[str]:
+        """Names of the parameters that map features to features: matrices that are neither an embedding nor a head."""
+        tables = {
+            f"{name}.weight"
+            for name, part in self.named_modules()
+            if isinstance(part, nn.Embedding) or name.partition(".")[0] in self.head_modules
+        }
+        return {name for name, parameter in self.named_parameters() if parameter.dim() == 2} - tables
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ KINDS = {
     "eagle3": {"speculator__type": "eagle3", "speculator__ttt_steps": "2", "speculator__train_head": "true"}
     | {"speculator__embed_requires_grad": "true", "objective__loss": "kl_div"},
     "base": tiny.BASE_ALONE | {"export__format": "none"},
+    "muon": {"optimizer__name": "muon", "speculator__type": "lstm"},
 }
 KINDS["joint"] = KINDS["kl_div"] | {"base__freeze": "false", "training__detach_states": "false", "base__activation_checkpointing": "true"}
 KINDS["joint"] |= {"training__speculator_loss_coeff": 0.7, "optimizer__base_lr": 0.004}
@@ -75,7 +76,7 @@ def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["kl_div", "stage2", "eagle3", "base", "joint"])
+@pytest.mark.parametrize("kind", ["kl_div", "stage2", "eagle3", "base", "joint", "muon"])
 def test_two_processes_train_as_one(world, whole, tmp_path, kind):
     started = start_two(world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
     assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
@@ -108,7 +109,7 @@ def test_under_torchrun(world, whole, tmp_path):
     assert done.stderr.count(f"step {STEPS}/{STEPS} | loss") == 1  # only one of them speaks
 
 
-@pytest.mark.parametrize("kind", ["mlp", "base"])
+@pytest.mark.parametrize("kind", ["mlp", "base", "muon"])
 def test_a_stop_of_two_and_the_rest_on_one(world, whole, tmp_path, kind):
     run, flags = tmp_path / "run", SHARDED | KINDS[kind] | {"checkpoint__interval": 100}
     started = start_two(world.flags(run, **flags), tmp_path / "output", before=partial(processes.slow_steps, 0.3))
