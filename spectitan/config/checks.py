@@ -25,6 +25,7 @@ _NOT_ZERO = (
     "stage2.batch_size",
     "objective.chunk_rows",
     "optimizer.base_lr",
+    "lr_scheduler.total_steps",
     "parallelism.dp_replicate",
     "eval.num_prompts",
     "eval.speed_prompts",
@@ -33,6 +34,12 @@ _NOT_ZERO = (
     "prepare.generate_samples",
 )
 _MAX_LEAVES = 4096  # each is a row of the drafter's head
+_SCHEDULE_KEYS = {  # what each lr_scheduler.type uses
+    "linear": ("warmup_steps", "total_steps", "decay_ratio", "min_lr_ratio"),
+    "cosine": ("warmup_steps", "total_steps", "decay_ratio", "min_lr_ratio", "num_cosine_cycles"),
+    "constant": ("warmup_steps",),
+    "two_stage": (),
+}
 
 _FROZEN = "with base.freeze = true, which trains no base; allowed: base.freeze = false"
 
@@ -207,6 +214,9 @@ def _check_schedule(config: Config) -> None:
         given, frozen = f"stage2.start_step = {start}", config.base.freeze
         _require(frozen, f"{given} with base.freeze = false would train the base on its own text; allowed: -1, or base.freeze = true")
         _require(num_steps == -1 or start < num_steps, f"{given}; allowed: -1, or below training.num_steps = {num_steps}")
+    scheduler = config.lr_scheduler
+    unused = [name for name in vars(scheduler) if name not in ("type", *_SCHEDULE_KEYS[scheduler.type])]
+    _refuse_unused(config, "lr_scheduler", unused, f'lr_scheduler.type = "{scheduler.type}"')
     _check_optimizer(config)
     _require(len(betas) == 2 and max(betas) < 1, f"optimizer.betas = {betas}; allowed: two numbers, each at least 0 and below 1")
 

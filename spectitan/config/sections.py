@@ -244,9 +244,14 @@ class LRScheduler:
         "linear, cosine and constant after a linear warm-up; two_stage: fms-fsdp's speculator schedule, with stage2.start_step",
         choices=("linear", "cosine", "constant", "two_stage"),
     )
-    warmup_steps: int = key(-1, "steps of linear warm-up (two_stage has its own); -1: 5% of the run, at most 2000", minimum=-1)
+    warmup_steps: int = key(
+        -1, "linear, cosine and constant: steps of linear warm-up; -1: 5% of the run (or of total_steps), at most 2000", minimum=-1
+    )
+    total_steps: int = key(
+        -1, "linear and cosine: step at which the rate reaches its last value, which it keeps; -1: the last of the run", minimum=-1
+    )
     decay_ratio: float = key(
-        1.0, "linear and cosine: share of the run, at its end, in which the rate decays; before it is constant", above=0, maximum=1
+        1.0, "linear and cosine: share of these steps, at their end, in which the rate decays; before it is constant", above=0, maximum=1
     )
     min_lr_ratio: float = key(0.0, "linear and cosine: last learning rate over the peak", minimum=0, maximum=1)
     num_cosine_cycles: float = key(0.5, "cosine: number of waves; 0.5 falls once from the peak to the minimum", above=0)

@@ -10,7 +10,8 @@ def learning_rate_multiplier(step: int, total_steps: int, config: LRScheduler, s
 
     `linear`, `cosine`, `constant`: w warm-up steps rise as (step + 1) / (w + 1), so that no step is wasted at rate 0; the
     rate then holds at the peak until the last `decay_ratio` of the run, in which it falls from 1 towards `min_lr_ratio`,
-    reached at `total_steps` (one after the last step). A cosine makes `num_cosine_cycles` waves on the way.
+    reached at `total_steps` (one after the last step). A cosine makes `num_cosine_cycles` waves on the way. If
+    `config.total_steps` is set, all this takes so many steps; the rate then stays where it is.
     `two_stage` is fms-fsdp's schedule for speculators.
 
     Args:
@@ -20,6 +21,7 @@ def learning_rate_multiplier(step: int, total_steps: int, config: LRScheduler, s
     """
     if config.type == "two_stage":
         return _two_stage(step, total_steps, stage2_start_step)
+    total_steps = config.total_steps if config.total_steps > 0 else total_steps
     warmup = config.warmup_steps if config.warmup_steps >= 0 else min(2000, total_steps // 20)
     if step < warmup:
         return (step + 1) / (warmup + 1)

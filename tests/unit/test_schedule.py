@@ -73,6 +73,17 @@ def test_cosine_by_hand():
     assert [learning_rate_multiplier(step, 8, two_waves) for step in (0, 2, 4, 6, 8)] == pytest.approx([1, 0, 1, 0, 1])
 
 
+@pytest.mark.parametrize("type", ["linear", "cosine"])
+def test_total_steps_of_its_own(type):
+    """Shorter than the run: as a run of that length, then the last rate stays. Longer: as the beginning of such a run."""
+    keys = {"type": type, "min_lr_ratio": 0.3, "decay_ratio": 0.7}
+    alone = [learning_rate_multiplier(step, 40, LRScheduler(**keys)) for step in range(41)]
+    assert alone[40] == pytest.approx(0.3) and len(set(alone)) > 25
+    for run in (17, 40, 90):
+        rates = [learning_rate_multiplier(step, run, LRScheduler(**keys, total_steps=40)) for step in range(run)]
+        assert rates == [*alone[:run], *[alone[40]] * (run - 41)][:run]
+
+
 def test_rate_holds_before_the_decay():
     config = LRScheduler(type="linear", warmup_steps=10, decay_ratio=0.2)
     rates = [learning_rate_multiplier(step, 100, config) for step in range(100)]
