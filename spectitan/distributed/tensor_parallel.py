@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -55,11 +56,66 @@ class OneKVHead(ParallelStyle):
         return module
 
 
-def _llama_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
-    """Queries and gates are split by columns, their outputs' projections by rows: one gather before and one scatter after each pair."""
+class LocalWeight(ParallelStyle):
+    """The module's own code, on plain tensors, with this rank's part of its weight; what flows back to a whole one are shares."""
+
+    def __init__(self, placement: Placement):
+        self.placement = placement
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        part = distribute_tensor(module.weight.data, mesh, [self.placement], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(part, module.weight.requires_grad))
+        backward = [self.placement if self.placement.is_shard() else Partial()]
+
+        def shadow(module: nn.Module, args: tuple) -> None:
+            module.__dict__["weight"] = module._parameters["weight"].to_local(grad_placements=backward)
+
+        def restore(module: nn.Module, args: tuple, output: Tensor) -> None:
+            del module.__dict__["weight"]
+
+        module.register_forward_pre_hook(shadow)
+        module.register_forward_hook(restore, always_call=True)
+        return module
+
+
+class ShareOfSum(ParallelStyle):
+    """The module works on the rows of the group, in plain tensors, and what it returns is this rank's share of a sum over ranks."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def gather(module: nn.Module, args: tuple) -> Tensor:
+            rows = DTensor.from_local(args[0], mesh, [_ROWS], run_check=False).redistribute(placements=[Replicate()])
+            return rows.to_local(grad_placements=[Partial()])
+
+        def scatter(module: nn.Module, args: tuple, share: Tensor) -> Tensor:
+            return DTensor.from_local(share, mesh, [Partial()], run_check=False).redistribute(placements=[_ROWS]).to_local()
+
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(scatter)
+        return module
+
+
+class PositionsOfRows(RowwiseParallel):
+    """An embedding of positions, split by rows: int64 [rows of the group, or 1, m] -> [own rows, or 1, m, hidden]."""
+
+    def __init__(self):
+        super().__init__(input_layouts=Replicate(), output_layouts=_ROWS)
+
+    def _apply(self, module: nn.Embedding, mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, mesh)
+        module.register_forward_pre_hook(lambda module, args: (_at_least(args[0], mesh.size()),), prepend=True)
+        return module
+
+
+def _at_least(positions: Tensor, rows: int) -> Tensor:
+    """Positions that are the same for all rows, once for each rank."""
+    return positions.expand(rows, -1) if len(positions) == 1 else positions
+
+
+def _layer_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
+    """Norms work on own rows. Queries are split by columns and their outputs' projection by rows: one gather before, one scatter after."""
     own_rows = SequenceParallel(sequence_dim=0, use_local_output=True)
-    one_kv_head = config.num_kv_heads < tp_size
-    plan = {
+    one_kv_head = _kv_heads(config) < tp_size
+    return {
         "input_layernorm": own_rows,
         "self_attn": PrepareModuleInput(input_layouts=(_ROWS, *[None] * 5), desired_input_layouts=(Replicate(), *[None] * 5)),
         "self_attn.q_proj": ColwiseParallel(),
@@ -67,6 +123,12 @@ def _llama_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
         "self_attn.v_proj": OneKVHead(config.head_dim) if one_kv_head else ColwiseParallel(),
         "self_attn.o_proj": RowwiseParallel(output_layouts=_ROWS),
         "post_attention_layernorm": own_rows,
+    }
+
+
+def _llama_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
+    """As attention, the MLP: its gates by columns, what they go into by rows."""
+    plan = _layer_plan(config, tp_size) | {
         "mlp": PrepareModuleInput(input_layouts=(_ROWS,), desired_input_layouts=(Replicate(),)),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
@@ -78,7 +140,33 @@ def _llama_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
     return plan
 
 
-_PLANS: dict[str, Callable] = {"embedllama": _llama_plan}  # base.arch -> (config, tp_size) -> plan of a layer
+def _mixtral_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
+    """Every rank has a part of every expert; the router is whole, and chooses alike on all of them."""
+    return _layer_plan(config, tp_size) | {
+        "mlp": ShareOfSum(),
+        "mlp.gate": LocalWeight(Replicate()),
+        "mlp.experts.gate_proj": LocalWeight(Shard(1)),
+        "mlp.experts.up_proj": LocalWeight(Shard(1)),
+        "mlp.experts.down_proj": LocalWeight(Shard(2)),
+    }
+
+
+def _gpt_bigcode_plan(config, tp_size: int) -> dict[str, ParallelStyle]:
+    """One key and one value head, on every rank."""
+    return _layer_plan(config, tp_size) | {
+        "mlp": PrepareModuleInput(input_layouts=(_ROWS,), desired_input_layouts=(Replicate(),)),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=_ROWS),
+    }
+
+
+# base.arch -> (config, tp_size) -> plan of a layer
+_PLANS: dict[str, Callable] = {"embedllama": _llama_plan, "embedmixtral": _mixtral_plan, "embedgptbigcode": _gpt_bigcode_plan}
+
+
+def _kv_heads(config) -> int:
+    return getattr(config, "num_kv_heads", 1)
+
 
 # Embedding and head are split by vocabulary, so that they can be tied. The last rank has fewer rows where the vocabulary does not divide.
 _READOUT_PLAN = {
@@ -108,7 +196,7 @@ def check_tensor_parallel(arch: str, config, tp_size: int) -> None:
             raise UserError(f"{given}: the base's {name} = {getattr(config, name)} does not divide by it; allowed: a divisor of that")
     if config.vocab_size <= (tp_size - 1) * -(-config.vocab_size // tp_size):  # shares are rounded up
         raise UserError(f"{given}: the base's vocab_size = {config.vocab_size} leaves the last of them nothing; allowed: fewer")
-    kv_heads = config.num_kv_heads
+    kv_heads = _kv_heads(config)
     if kv_heads % tp_size and tp_size % kv_heads:
         raise UserError(f"{given}: the base's num_kv_heads = {kv_heads}; allowed: a divisor or a multiple of that")
 
@@ -126,6 +214,8 @@ def apply_tp(base: nn.Module, arch: str, mesh: DeviceMesh) -> None:
     for layer in base.layers:
         parallelize_module(layer, mesh, _PLANS[arch](base.config, mesh.size()))
     parallelize_module(base.readout, mesh, _READOUT_PLAN)
+    if hasattr(base, "positions"):
+        parallelize_module(base, mesh, {"positions": PositionsOfRows()})
     if base.readout.tied:
         base.readout.head.weight = base.readout.embedding.weight
     new_cache, signature = base.new_cache, inspect.signature(base.forward)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 _LOWEST = -50.0  # as in row_passes.py
 
@@ -29,7 +28,7 @@ def vocab_parallel_ce(
     """
     mesh = weight.device_mesh
     assert mesh.ndim == 1 and weight.placements[0].is_shard(0), f"a head divided by {weight.placements} of {mesh}"
-    _, (first, *_) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+    first = mesh.get_local_rank() * -(-len(weight) // mesh.size())  # shares are rounded up
     padded_rows, rows = largest_in_group(len(hidden), mesh.get_group()), max(1, chunk_rows // mesh.size())
     return _VocabParallelCE.apply(
         hidden, weight.to_local(), row_weights, targets, first, padded_rows, rows, mesh, hidden_grad,

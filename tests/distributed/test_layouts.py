@@ -54,7 +54,7 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             groups = [group for group in map(self._ranks, args) if group]
-            self.counts[function.overloadpacket.__name__.strip("_"), *groups] += 1
+            self.counts[(function.overloadpacket.__name__.strip("_"), *groups)] += 1
         return function(*args, **(kwargs or {}))
 
     def _ranks(self, argument) -> tuple[int, ...]:

@@ -16,7 +16,11 @@ from spectitan.distributed.fsdp import apply_fsdp
 from spectitan.distributed.mesh import init_distributed
 from spectitan.distributed.tensor_parallel import apply_tp, check_tensor_parallel
 from spectitan.errors import UserError
-from spectitan.models.llama import EmbedLLaMA, LlamaConfig
+from spectitan.models.decoder import Decoder, DecoderConfig
+from spectitan.models.families import arch_of, build_on_meta
+from spectitan.models.gpt_bigcode import GPTBigCodeConfig
+from spectitan.models.llama import LlamaConfig
+from spectitan.models.mixtral import MixtralConfig
 from spectitan.models.registry import fill_model
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from tests.integration import processes
@@ -28,6 +32,8 @@ CONFIGS = {
     "plain": LlamaConfig(37, **SHAPE),
     "two kv heads": LlamaConfig(7, **SHAPE, num_kv_heads=2, tie_embeddings=True),
     "biases and norms": LlamaConfig(37, **SHAPE, num_kv_heads=2, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
+    "mixtral": MixtralConfig(37, **SHAPE, num_kv_heads=4, num_experts=3),
+    "gpt_bigcode": GPTBigCodeConfig(37, 16, num_layers=2, num_heads=4, intermediate_size=24, max_position_embeddings=13),
     "one kv head": LlamaConfig(41, **SHAPE, num_kv_heads=1, qkv_bias=True),
 }
 LAYOUTS = {"tp 2": {"sharding_strategy": "fsdp", "tp_size": 2}, "tp 4": {"sharding_strategy": "tp", "tp_size": 4}}
@@ -86,10 +92,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def of_rank(world, rank: int, config: LlamaConfig) -> dict:
-    with torch.device("meta"):
-        base = EmbedLLaMA(config).double()
-    apply_tp(base, "embedllama", world.tp_mesh)
+def of_rank(world, rank: int, config: DecoderConfig) -> dict:
+    base = build_on_meta(config).double()
+    apply_tp(base, arch_of(config), world.tp_mesh)
     elements = sum(parameter.to_local().numel() for parameter in base.parameters())
     apply_fsdp(base, nn.Module(), world.mesh, torch.float64, freeze_base=False)
     base.to_empty(device="cpu")
@@ -104,7 +109,7 @@ def of_rank(world, rank: int, config: LlamaConfig) -> dict:
     return {"seen": seen, "total": total.detach(), "gradients": gradients, "elements": elements, "work": dict(forward.counts)}
 
 
-def text(config: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def text(config: DecoderConfig) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, config.vocab_size, (RANKS * ROWS, LENGTH), generator=generator)
     return tokens, (torch.arange(LENGTH) >= torch.randint(1, LENGTH, (RANKS * ROWS, 1), generator=generator)).long()
@@ -118,8 +123,8 @@ def split(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-def whole_base(config: LlamaConfig) -> EmbedLLaMA:
-    base = EmbedLLaMA(config).double()
+def whole_base(config: DecoderConfig) -> Decoder:
+    base = build_on_meta(config).double().to_empty(device="cpu")
     fill_model(base, init="random", seed=3)
     return base
 
@@ -142,29 +147,33 @@ def test_a_split_base_equals_the_whole_one(split, layout, name):
 def test_a_rank_holds_and_computes_its_share(split, layout, name):
     config, tp_size = CONFIGS[name], LAYOUTS[layout]["tp_size"]
     base = whole_base(config)
-    repeated = config.num_kv_heads < tp_size
+    kv_heads = getattr(config, "num_kv_heads", 1)
+    repeated = kv_heads < tp_size
     divided = replicated = kv = 0
     for parameter, value in base.named_parameters():
-        if "norm" in parameter or parameter.endswith("o_proj.bias") or parameter.endswith("down_proj.bias"):
+        if "norm" in parameter or parameter.endswith(("o_proj.bias", "down_proj.bias", "mlp.gate.weight")):  # the router is whole
             replicated += value.numel()
         elif repeated and ("k_proj" in parameter or "v_proj" in parameter):
             kv += value.numel()
         else:  # padded: each rank's share of the rows or columns is rounded up
-            divided += -(-value.shape[0] // tp_size) * value[0].numel() if "readout" in parameter else value.numel() // tp_size
+            divided += (
+                -(-value.shape[0] // tp_size) * value[0].numel()
+                if parameter.startswith(("readout", "positions"))
+                else value.numel() // tp_size
+            )
     with torch.no_grad(), Work() as whole:
         base(*text(config))
-    heads = config.num_heads / tp_size  # of each rank; with fewer key heads than ranks it computes one, not its share of them
-    rows_of_group = tp_size * ROWS * LENGTH
-    extra = (
-        (1 - config.num_kv_heads / tp_size) * 2 * config.head_dim * config.hidden_size * config.num_layers * rows_of_group
-        if repeated
-        else 0
-    )
+    extra = 0  # multiply-adds of a row in a layer
+    if repeated:  # one head's keys and values, not a share of them
+        extra += (1 - kv_heads / tp_size) * 2 * config.head_dim * config.hidden_size
+    if name == "mixtral":  # the router
+        extra += (1 - 1 / tp_size) * config.num_experts * config.hidden_size
+    extra *= config.num_layers * tp_size * ROWS * LENGTH
     for results in split:
         result = results[layout, name]
         assert result["elements"] <= divided + replicated + kv
-        assert result["work"]["attention"] == whole.counts["attention"] / RANKS and heads == int(heads)
-        assert result["work"]["linear"] == whole.counts["linear"] / RANKS + extra
+        assert result["work"]["attention"] == whole.counts["attention"] / RANKS
+        assert result["work"]["linear"] == pytest.approx(whole.counts["linear"] / RANKS + extra, rel=1e-12)
     assert max(results[layout, name]["elements"] for results in split) == divided + replicated + kv
 
 
