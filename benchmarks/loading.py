@@ -23,12 +23,13 @@ from torch import nn
 from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp
 from spectitan.distributed.mesh import init_distributed
+from spectitan.distributed.tensor_parallel import apply_tp
 from spectitan.models.layers import own_part
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import fill_model, get_model, register_model
 from spectitan.models.weights import save_hf
 
-STRATEGIES = {"fsdp": {}, "hsdp": {"dp_replicate": 2}}
+STRATEGIES = {"fsdp": {}, "hsdp": {"dp_replicate": 2}, "tp": {"tp_size": 4}}
 _TINY = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4)
 
 
@@ -92,6 +93,8 @@ def measure(rank: int, processes: int, port: int, folder: str, strategy: str) ->
 def load(world, variant: str, path: str | Path, init: str) -> nn.Module:
     """As spectitan.train builds its base."""
     base = get_model("embedllama", variant, path, init=init, dtype=torch.bfloat16, device="meta")
+    if world.tp_mesh is not None:
+        apply_tp(base, "embedllama", world.tp_mesh)
     apply_fsdp(base, nn.Module(), world.mesh, torch.bfloat16, freeze_base=True)
     base.to_empty(device=world.device)
     fill_model(base, path, init)
