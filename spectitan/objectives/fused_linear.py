@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from spectitan.config.loss_mixture import loss_weights, needs_teacher
 from spectitan.objectives.block_passes import block_pass
-from spectitan.objectives.vocab_parallel import vocab_parallel_ce
+from spectitan.objectives.vocab_parallel import VOCAB_PARALLEL, vocab_parallel_loss
 
 
 class Teacher(NamedTuple):
@@ -65,24 +65,18 @@ def fused_linear_loss(
             hidden, weight, times * row_weights, loss=loss, targets=targets, teacher=teacher, chunk_rows=chunk_rows
         )
         return total, torch.cat([times * row_stats[:, :1], row_stats[:, 1:]], 1)
-    if isinstance(weight, DTensor) and loss == "ce":
-        rows = _automatic_chunk_rows(weight.to_local()) if chunk_rows == -1 else chunk_rows
-        known = targets >= 0
-        total, row_stats = vocab_parallel_ce(
-            hidden, weight, row_weights * known, targets.clamp_min(0), rows, wanted and hidden.requires_grad
-        )
-        return total, row_stats * known[:, None]
-    weight, teacher = _whole(weight), teacher and teacher._replace(weight=_whole(teacher.weight))
+    wanted = wanted and hidden.requires_grad, wanted and weight.requires_grad
     if chunk_rows == -1:
         chunk_rows = _automatic_chunk_rows(weight)
-    return _FusedLinearLoss.apply(
-        hidden, weight, row_weights, weights, targets, teacher, chunk_rows,
-        wanted and hidden.requires_grad, wanted and weight.requires_grad,
-    )  # fmt: skip
+    is_divided = isinstance(weight, DTensor) or (teacher is not None and isinstance(teacher.weight, DTensor))
+    if is_divided and loss in VOCAB_PARALLEL:
+        return vocab_parallel_loss(hidden, weight, row_weights, targets, teacher, chunk_rows, *wanted)
+    weight, teacher = _whole(weight), teacher and teacher._replace(weight=_whole(teacher.weight))
+    return _FusedLinearLoss.apply(hidden, weight, row_weights, weights, targets, teacher, chunk_rows, *wanted)
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A head that is divided over ranks, gathered: each then scores its own rows, which is no more work, and moves less than their logits."""
+    """A head that is divided over ranks, gathered: each then scores its own rows."""
     return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 

@@ -17,6 +17,7 @@ from spectitan.models.layers import Linear, Rotation, assign, draw_normal, posit
 from spectitan.models.readout import Readout
 from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
+from spectitan.objectives.vocab_parallel import rows_of
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index, right_before
 from spectitan.speculators.draft_decoder import DraftLayer, adopt_decoder, decoder_of, decoder_to_json, settle_draft_config
 from spectitan.speculators.draft_vocabulary import check_maps, maps_of, read_vocabulary, write_maps
@@ -264,7 +265,7 @@ class Eagle3Speculator(Speculator):
     def _rows_of_head(self, readout: Readout) -> Tensor:
         """[draft_vocab_size, hidden]: the base's head, of the tokens that can be drafted. Inside `readout.call`."""
         weight = readout.head.weight
-        return whole(weight).index_select(0, self.draft_ids) if self.reduced else weight.detach()
+        return rows_of(weight, self.draft_ids) if self.reduced else weight.detach()
 
     def _head(self, readout: Readout) -> Tensor:
         """[draft_vocab_size, hidden], without gradient: what drafts are scored by. Inside `readout.call`."""

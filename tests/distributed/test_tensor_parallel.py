@@ -23,6 +23,7 @@ from spectitan.models.llama import LlamaConfig
 from spectitan.models.mixtral import MixtralConfig
 from spectitan.models.registry import fill_model
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
+from spectitan.objectives.vocab_parallel import rows_of
 from tests.integration import processes
 
 RANKS, ROWS, LENGTH = 4, 2, 5  # of each rank
@@ -60,23 +61,31 @@ class Work(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def loss_of(base, tokens, documents, supervised: list[int], per_row: int) -> tuple[torch.Tensor, tuple]:
+def loss_of(base, own_head, tokens, documents, supervised: list[int], per_row: int) -> tuple[torch.Tensor, tuple]:
     """A scalar that uses all that drafters, objectives and decoding use of a base; and what they see of it."""
     states = base(tokens, documents, taps=(1,))
     embedded, logits = base.readout.embed(tokens), base.readout.logits(states.final[:, -1])
     final = states.final.flatten(0, 1)
     rows = torch.cat([block * per_row + torch.arange(count) for block, count in enumerate(supervised)])
-    targets = tokens.flatten()[rows]
+    targets, row_weights = tokens.flatten()[rows], torch.full((len(rows),), 1 / sum(SUPERVISED), dtype=torch.float64)
 
     def losses(readout, hidden):
-        weight, teacher = readout.head.weight, Teacher(2 * hidden.detach(), readout.head.weight.detach(), torch.arange(len(hidden)))
-        row_weights = torch.full((len(hidden),), 1 / sum(SUPERVISED), dtype=torch.float64)
-        ce = fused_linear_loss(hidden, weight, row_weights, loss="ce", targets=targets, chunk_rows=8)
-        return ce, fused_linear_loss(hidden, weight, row_weights, loss="kl_div", targets=targets, teacher=teacher)
+        """Of the base's head against the text, itself divided against a divided teacher, and a drafter's own head against that."""
+        head = readout.head.weight
+        teacher = Teacher(2 * final.detach(), head.detach(), rows // 2 * 2)  # most rows twice
+        own = fused_linear_loss(hidden.sin(), own_head, row_weights, loss="kl_div", targets=targets, teacher=teacher, chunk_rows=3)
+        ce = fused_linear_loss(hidden, head, row_weights, loss="ce", targets=targets, chunk_rows=2)
+        return ce, fused_linear_loss(hidden, head, row_weights, loss="kl_div", targets=targets, teacher=teacher), own
 
-    (ce, ce_stats), (kl, kl_stats) = base.readout.call(losses, final[rows])
-    total = 0.7 * ce + 0.3 * kl + (states.taps[0].pow(3).sum() + embedded.pow(2).sum() + logits.sin().sum()) / 10
-    return total, (states.final, states.taps[0], embedded, logits, ce_stats, kl_stats)
+    (ce, ce_stats), (kl, kl_stats), (own, own_stats) = base.readout.call(losses, final[rows])
+    total = 0.7 * ce + 0.3 * kl + 0.2 * own + (states.taps[0].pow(3).sum() + embedded.pow(2).sum() + logits.sin().sum()) / 10
+    return total, (states.final, states.taps[0], embedded, logits, ce_stats, kl_stats, own_stats)
+
+
+def head_of_a_drafter(config: DecoderConfig) -> torch.Tensor:
+    """[vocab, hidden], which every rank has."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(config.vocab_size, config.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -100,9 +109,15 @@ def of_rank(world, rank: int, config: DecoderConfig) -> dict:
     base.to_empty(device="cpu")
     fill_model(base, init="random", seed=3)
     tokens, documents = (rows.split(ROWS)[rank] for rows in text(config))
-    total, seen = loss_of(base, tokens, documents, [SUPERVISED[rank]], ROWS * LENGTH)
+    own_head = head_of_a_drafter(config)
+    total, seen = loss_of(base, own_head, tokens, documents, [SUPERVISED[rank]], ROWS * LENGTH)
     total.backward()
     gradients = {parameter: value.grad.full_tensor() for parameter, value in base.named_parameters()}
+    dist.all_reduce(own_head.grad)  # as FSDP does over all ranks
+    gradients["own_head"] = own_head.grad
+    ids = torch.randperm(config.vocab_size, generator=torch.Generator().manual_seed(4))[: config.vocab_size // 2]
+    gathered = base.readout.call(lambda readout, ids: rows_of(readout.head.weight, ids), ids)
+    assert torch.equal(gathered, base.readout.head.weight.detach().full_tensor()[ids])
     with torch.no_grad(), Work() as forward:
         base(tokens, documents)
     seen = [tensor.detach().clone() for tensor in seen]  # what a collective has returned is no plain tensor before it is used
@@ -131,14 +146,14 @@ def whole_base(config: DecoderConfig) -> Decoder:
 
 @pytest.mark.parametrize("layout, name", CASES)
 def test_a_split_base_equals_the_whole_one(split, layout, name):
-    base = whole_base(CONFIGS[name])
-    total, seen = loss_of(base, *text(CONFIGS[name]), list(SUPERVISED), ROWS * LENGTH)
+    base, own_head = whole_base(CONFIGS[name]), head_of_a_drafter(CONFIGS[name])
+    total, seen = loss_of(base, own_head, *text(CONFIGS[name]), list(SUPERVISED), ROWS * LENGTH)
     total.backward()
     of_ranks = [results[layout, name] for results in split]
     torch.testing.assert_close(sum(result["total"] for result in of_ranks), total, rtol=1e-12, atol=0)
     for ours, theirs in zip(zip(*(result["seen"] for result in of_ranks)), seen):
         torch.testing.assert_close(torch.cat(ours), theirs, rtol=1e-9, atol=1e-12)
-    for parameter, value in base.named_parameters():
+    for parameter, value in (*base.named_parameters(), ("own_head", own_head)):
         for result in of_ranks:
             torch.testing.assert_close(result["gradients"][parameter], value.grad, rtol=1e-9, atol=1e-12, msg=parameter)
 
