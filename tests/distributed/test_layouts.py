@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group as resolve_process_group
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.loading import free_port
 from spectitan import train
+from spectitan.models.families import build_on_meta
+from spectitan.models.gpt_bigcode import GPTBigCodeConfig
+from spectitan.models.mixtral import MixtralConfig
+from spectitan.models.weights import save_hf
 from tests.integration import processes, tiny
 
 STEPS = 20
@@ -23,11 +29,14 @@ RUN = {"training__num_steps": STEPS, "checkpoint__interval": STEPS, "metrics__re
 RUN |= {"training__compute_dtype": "float64", "eval__at_end": "false", "export__format": "none", "objective__loss": "kl_div"}
 STAGE2 = {"stage2__start_step": 12, "stage2__batch_size": 8, "stage2__prompt_length": 5, "stage2__seq_length": 7}
 JOINT = {"base__freeze": "false", "training__detach_states": "false", "training__speculator_loss_coeff": 0.7}
+FEW = {"training__num_steps": 5, "checkpoint__interval": 5}
 KINDS = {
     "mlp": STAGE2,
     "lstm": STAGE2 | {"speculator__type": "lstm"},
     "joint": JOINT,
-    "float32": JOINT | {"training__compute_dtype": "float32", "training__num_steps": 5, "objective__loss": "ce"},
+    "mixtral": JOINT | FEW,
+    "gpt_bigcode": JOINT | FEW,
+    "float32": JOINT | FEW | {"training__compute_dtype": "float32", "objective__loss": "ce"},
 }
 # Number of processes, [parallelism], and the runs that are made.
 LAYOUTS = {
@@ -37,11 +46,16 @@ LAYOUTS = {
     "tp_2": (2, {"sharding_strategy": "tp", "tp_size": 2}, KINDS),
     "tp_2_fsdp_2": (4, {"sharding_strategy": "fsdp", "tp_size": 2}, KINDS),
     "tp_4_dp_1": (4, {"sharding_strategy": "tp", "tp_size": 4}, ["mlp", "joint"]),
-    "tp_2_dp_2": (4, {"sharding_strategy": "tp", "tp_size": 2}, ["joint"]),
+    "tp_2_dp_2": (4, {"sharding_strategy": "tp", "tp_size": 2}, ["mlp", "joint", "mixtral", "gpt_bigcode"]),
     "hsdp_4x1": (4, {"sharding_strategy": "hsdp", "dp_replicate": 4, "shard_speculator": "false"}, ["joint"]),
 }
 # Query heads divide by two, and nothing else does.
 CONFIG = replace(tiny.CONFIG, num_heads=4, num_kv_heads=2)
+SHAPE = {"num_layers": 2, "num_heads": 4, "max_position_embeddings": tiny.CONTEXT, "eos_token_id": 0, "initializer_range": 0.2}
+BASES = {
+    "mixtral": MixtralConfig(tiny.VOCAB, 24, 40, num_kv_heads=2, num_experts=5, **SHAPE),
+    "gpt_bigcode": GPTBigCodeConfig(tiny.VOCAB, 24, **SHAPE),
+}
 
 
 class Collectives(TorchDispatchMode):
@@ -52,17 +66,19 @@ class Collectives(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own collectives come by themselves
+        if function.namespace in ("c10d", "_c10d_functional"):
             groups = [group for group in map(self._ranks, args) if group]
             self.counts[(function.overloadpacket.__name__.strip("_"), *groups)] += 1
         return function(*args, **(kwargs or {}))
 
     def _ranks(self, argument) -> tuple[int, ...]:
-        if not isinstance(argument, torch.ScriptObject):
-            return ()
         try:
-            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(argument)))
-        except RuntimeError:  # another kind of object: the reduction, say
+            group = dist.ProcessGroup.unbox(argument) if isinstance(argument, torch.ScriptObject) else argument
+            group = resolve_process_group(group) if isinstance(group, str) else group
+            return tuple(dist.get_process_group_ranks(group)) if isinstance(group, dist.ProcessGroup) else ()
+        except (RuntimeError, LookupError):  # another kind of object, or of name: the reduction, say
             return ()
 
 
@@ -82,14 +98,28 @@ def worker(rank: int, world_size: int, port: int, output: str, runs: list[list[s
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("layouts"), CONFIG)
+    world = tiny.make(tmp_path_factory.mktemp("layouts"), CONFIG)
+    write_bases(world)
+    return world
+
+
+def write_bases(world: tiny.Tiny) -> None:
+    for name, config in BASES.items():
+        base = build_on_meta(config).to_empty(device="cpu")
+        base.init_weights(torch.Generator().manual_seed(0))
+        save_hf(base, world.root / f"base_{name}", torch.float32, tokenizer_files_from=world.root / "tokenizer")
+
+
+def flags(world: tiny.Tiny, kind: str, run: Path, **layout) -> list[str]:
+    base = {"base__path": world.root / f"base_{kind}"} if kind in BASES else {}
+    return world.flags(run, **RUN | KINDS[kind] | base | layout)
 
 
 @pytest.fixture(scope="module")
 def one(world) -> dict[str, list[dict]]:
     """The reports of one process, by kind."""
-    for kind, changes in KINDS.items():
-        assert train.main(world.flags(world.root / kind, **RUN | changes)) == 0
+    for kind in KINDS:
+        assert train.main(flags(world, kind, world.root / kind)) == 0
     return {kind: tiny.reports(world.root / kind) for kind in KINDS}
 
 
@@ -98,9 +128,9 @@ def test_one_curve(world, one, layout):
     world_size, keys, kinds = LAYOUTS[layout]
     keys = {f"parallelism__{name}": value for name, value in keys.items()}
     runs = {kind: world.root / f"{kind}_{layout}" for kind in kinds}
-    flags = [world.flags(run, **RUN | keys | KINDS[kind]) for kind, run in runs.items()]
+    commands = [flags(world, kind, run, **keys) for kind, run in runs.items()]
     output = world.root / layout
-    started = processes.call_in_each(world_size, worker, world_size, free_port(), str(output), flags)
+    started = processes.call_in_each(world_size, worker, world_size, free_port(), str(output), commands)
     codes = processes.join(started)
     assert codes == [0] * world_size, "".join(Path(f"{output}.{rank}").read_text() for rank in range(world_size))
     for kind, run in runs.items():
