@@ -26,6 +26,9 @@ from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, 
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
 
+_ROWS = 64
+
+
 @dataclass
 class Eagle3Config:
     """Keys of EAGLE-3; names as in vLLM's speculators."""
@@ -189,12 +192,10 @@ class Eagle3Speculator(Speculator):
         """The pairs, and as `extra`: where each pair's output is among those of all steps [N], the rows that go on after step 0
         [R], and the documents [D, 2], all int64."""
         targets = align_targets(batch, self.steps)
-        later = targets.step > 0
-        rows, place = torch.unique(targets.state[later], return_inverse=True)
-        if not len(rows):  # one does go on: ranks that share the base's weights gather them together
-            rows = torch.zeros(1, dtype=torch.int64)
+        later, length = targets.step > 0, batch.document_ids.numel()
+        rows = _rows_that_go_on(targets.state[later], length)
         output = targets.state.clone()
-        output[later] = batch.document_ids.numel() + (targets.step[later] - 1) * len(rows) + place
+        output[later] = length + (targets.step[later] - 1) * len(rows) + torch.searchsorted(rows, targets.state[later])
         return replace(targets, extra=(output, rows, document_spans(batch.document_ids)))
 
     def forward(self, batch: TokenBatch, states: BaseStates, targets: Targets, denominators: Tensor, readout: Readout) -> Loss:
@@ -409,6 +410,18 @@ def _taps(ids: list[int], num_layers: int) -> tuple[int, ...]:
         highest = max(3, num_layers - 1)
         return 1, (1 + highest) // 2, highest
     return tuple(range(num_layers + 1))
+
+
+def _rows_that_go_on(needed: Tensor, length: int) -> Tensor:
+    """int64 [R], ascending: the rows with targets after step 0, and a few more of 0 .. length - 1, so that R is a multiple of
+    _ROWS: products of ever new sizes cost a CPU the making of a kernel each, and its memory. R is not 0: ranks that share the
+    base's weights gather them together."""
+    goes_on = torch.zeros(length, dtype=torch.bool)
+    goes_on[needed] = True
+    count = int(goes_on.sum())
+    spare = (~goes_on).nonzero()[:, 0]
+    goes_on[spare[: -count % _ROWS if count else min(_ROWS, length)]] = True
+    return goes_on.nonzero()[:, 0]
 
 
 def _windows(config: Eagle3Config) -> list[int]:

@@ -15,6 +15,7 @@ from spectitan.models.llama import LlamaConfig
 from spectitan.models.readout import Readout
 from spectitan.objectives import losses
 from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
+from spectitan.speculators import eagle3
 from spectitan.speculators.eagle3 import Eagle3Config, Eagle3Speculator
 from spectitan.speculators.ttt_attention import Memory, TTTAttention, choose_backend, document_spans, flex_block_mask
 from spectitan.types import BaseStates, TokenBatch
@@ -23,6 +24,12 @@ from tests.unit.eagle3_oracle import outputs_of_document
 VOCAB, HIDDEN = 53, 24
 BASE = LlamaConfig(VOCAB, HIDDEN, intermediate_size=40, num_layers=9, num_heads=6, num_kv_heads=2, rope_theta=100.0, initializer_range=0.2)
 SPANS = [[(0, 11), (11, 12), (12, 29)], [(0, 23), (23, 26)]]  # documents of two rows of 29 tokens; the second ends in padding
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Later steps leave rows out, also in batches as small as these."""
+    monkeypatch.setattr(eagle3, "_ROWS", 4)
 
 
 def make_batch(spans=SPANS, length: int = 29, seed: int = 0) -> TokenBatch:
@@ -160,6 +167,21 @@ def test_documents_too_short_for_later_steps_or_for_any(spans):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in speculator.parameters())
 
 
+@pytest.mark.parametrize(
+    "needed, length, rows",
+    [
+        ([], 9, [0, 1, 2, 3]),
+        ([], 3, [0, 1, 2]),
+        ([5], 9, [0, 1, 2, 5]),
+        ([8, 1, 1, 3, 0], 9, [0, 1, 3, 8]),
+        ([7, 6, 5, 4, 3], 7 + 1, list(range(8))),
+        ([6, 5, 4, 3, 2], 7, list(range(7))),
+    ],
+)
+def test_rows_that_go_on_are_those_that_must_and_a_few_more(needed, length, rows):
+    assert eagle3._rows_that_go_on(torch.tensor(needed, dtype=torch.int64), length).tolist() == rows
+
+
 @pytest.mark.parametrize("tokens", ["own", "ground_truth"])
 def test_every_batch_calls_the_readout_as_often(tokens, monkeypatch):
     """Where ranks share the base's weights each call is a collective, whatever a rank's own batch holds."""
@@ -192,8 +214,6 @@ def test_a_draft_vocabulary_of_some_tokens(loss):
     def spy(hidden, *args, **kwargs):
         seen["hidden"] = hidden
         return original(hidden, *args, **kwargs)
-
-    from spectitan.speculators import eagle3
 
     original, eagle3.fused_linear_loss = eagle3.fused_linear_loss, spy
     try:
