@@ -20,7 +20,6 @@ def speculators_config(algorithm: str, architecture: str, speculative_tokens: in
     }
     return {
         "architectures": [architecture],
-        "model_type": "speculator_model",
         "speculators_model_type": algorithm,
         "speculators_version": VERSION,
         **own,
