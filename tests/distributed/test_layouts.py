@@ -22,6 +22,7 @@ from spectitan.models.families import build_on_meta
 from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.mixtral import MixtralConfig
 from spectitan.models.weights import save_hf
+from spectitan.speculators.draft_vocabulary import maps_of, write_maps
 from tests.integration import processes, tiny
 
 STEPS = 20
@@ -30,21 +31,27 @@ RUN |= {"training__compute_dtype": "float64", "eval__at_end": "false", "export__
 STAGE2 = {"stage2__start_step": 12, "stage2__batch_size": 8, "stage2__prompt_length": 5, "stage2__seq_length": 7}
 JOINT = {"base__freeze": "false", "training__detach_states": "false", "training__speculator_loss_coeff": 0.7}
 FEW = {"training__num_steps": 5, "checkpoint__interval": 5}
+EAGLE3 = {"speculator__type": "eagle3"}
+# Tokens of its own, a draft vocabulary, and validation between the steps.
+REDUCED = EAGLE3 | FEW | {"speculator__ttt_tokens": "own", "speculator__ttt_steps": 2, "eval__interval": 2, "eval__prompts": "none"}
 KINDS = {
     "mlp": STAGE2,
     "lstm": STAGE2 | {"speculator__type": "lstm"},
+    "eagle3": EAGLE3 | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8},
+    "eagle3_reduced": REDUCED,
     "joint": JOINT,
     "mixtral": JOINT | FEW,
     "gpt_bigcode": JOINT | FEW,
     "float32": JOINT | FEW | {"training__compute_dtype": "float32", "objective__loss": "ce"},
 }
+WITHOUT_EAGLE3 = [kind for kind in KINDS if not kind.startswith("eagle3")]
 # Number of processes, [parallelism], and the runs that are made.
 LAYOUTS = {
     "fsdp_2": (2, {"sharding_strategy": "fsdp"}, KINDS),
-    "fsdp_4": (4, {"sharding_strategy": "fsdp"}, KINDS),
+    "fsdp_4": (4, {"sharding_strategy": "fsdp"}, WITHOUT_EAGLE3),
     "hsdp_2x2": (4, {"sharding_strategy": "hsdp", "dp_replicate": 2}, KINDS),
     "tp_2": (2, {"sharding_strategy": "tp", "tp_size": 2}, KINDS),
-    "tp_2_fsdp_2": (4, {"sharding_strategy": "fsdp", "tp_size": 2}, KINDS),
+    "tp_2_fsdp_2": (4, {"sharding_strategy": "fsdp", "tp_size": 2}, WITHOUT_EAGLE3),
     "tp_4_dp_1": (4, {"sharding_strategy": "tp", "tp_size": 4}, ["mlp", "joint"]),
     "tp_2_dp_2": (4, {"sharding_strategy": "tp", "tp_size": 2}, ["mlp", "joint", "mixtral", "gpt_bigcode"]),
     "hsdp_4x1": (4, {"sharding_strategy": "hsdp", "dp_replicate": 4, "shard_speculator": "false"}, ["joint"]),
@@ -100,6 +107,7 @@ def worker(rank: int, world_size: int, port: int, output: str, runs: list[list[s
 def world(tmp_path_factory) -> tiny.Tiny:
     world = tiny.make(tmp_path_factory.mktemp("layouts"), CONFIG)
     write_bases(world)
+    write_maps(world.root, *maps_of(torch.arange(0, tiny.VOCAB, 3), tiny.VOCAB))
     return world
 
 
@@ -112,7 +120,8 @@ def write_bases(world: tiny.Tiny) -> None:
 
 def flags(world: tiny.Tiny, kind: str, run: Path, **layout) -> list[str]:
     base = {"base__path": world.root / f"base_{kind}"} if kind in BASES else {}
-    return world.flags(run, **RUN | KINDS[kind] | base | layout)
+    maps = {f"speculator__{name}_path": world.root / f"{name}.npy" for name in ("d2t", "t2d") if kind == "eagle3_reduced"}
+    return world.flags(run, **RUN | KINDS[kind] | base | maps | layout)
 
 
 @pytest.fixture(scope="module")
