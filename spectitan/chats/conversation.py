@@ -206,10 +206,13 @@ def _with_reasoning(message: dict) -> dict:
 
 
 def _strings(message: dict) -> list[str]:
-    """What an assistant's message says in words."""
+    """What an assistant's message says in words, and the names of the tools that it calls."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)] + [message.get("reasoning_content")]
+    calls = message.get("tool_calls")
+    calls = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    texts += [function.get("name") for function in calls if isinstance(function, dict)]
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 

@@ -30,10 +30,12 @@ class RenderingProcess:
 
     Args:
         seconds: of the processor, for one request.
+        stop_at_failure: what comes after a request that fails is not wanted.
     """
 
-    def __init__(self, template: ChatTemplate, seconds: float | None = None):
+    def __init__(self, template: ChatTemplate, seconds: float | None = None, stop_at_failure: bool = False):
         self._template, self._seconds = template, LIMIT_SECONDS if seconds is None else seconds
+        self._stop_at_failure = stop_at_failure
         self._process: subprocess.Popen | None = None
         self._sent: Sequence[Request] = ()
         self._answered = self._exceeded = 0
@@ -45,19 +47,22 @@ class RenderingProcess:
             self._write(requests)
 
     def replies(self) -> list[str | Conversation | ValueError]:
-        """The results of what was sent, in order, as soon as all are there; a ValueError where the template fails.
+        """The results of what was sent, in order, as soon as all are there; a ValueError where the template fails, which may be the last.
 
         Raises:
             UserError: the template is none, or it exceeds its limits again and again.
         """
         replies = []
         while len(replies) < len(self._sent):
+            if replies and self._stop_at_failure and isinstance(replies[-1], ValueError):
+                self.close()
+                break
             line = self._process.stdout.readline()
             if line.endswith(b"\n"):
                 replies.append(self._reply(*json.loads(line)))
                 continue
             replies.append(self._why_ended())
-            if len(replies) < len(self._sent):
+            if len(replies) < len(self._sent) and not self._stop_at_failure:
                 self._write(self._sent[len(replies) :])
         self._sent = ()
         return replies

@@ -75,7 +75,8 @@ class _Rendering:
         self._tokenizer, self._data, self._found, self._name = tokenizer, data, found, name
         threads = data.tokenizer_threads if data.tokenizer_threads > 0 else os.cpu_count() or 1
         count = 0 if tokenizer.chat_template is None else max(1, threads // _THREADS_PER_PROCESS)
-        self._processes = [RenderingProcess(tokenizer.chat_template) for _ in range(count)]
+        stop = data.on_invalid == "error"
+        self._processes = [RenderingProcess(tokenizer.chat_template, stop_at_failure=stop) for _ in range(count)]
         self._idle = deque(self._processes)
         self._told = False
         self.ahead: deque[tuple[Batch, RenderingProcess]] = deque()
@@ -126,7 +127,7 @@ class _Rendering:
         """A batch with its contents rendered, without what is dropped.
 
         Args:
-            replies: of the requests in it, in order.
+            replies: of the requests in it, in order, up to one that ends the program.
         """
         reply_of = iter(replies)
         for document, request in batch:

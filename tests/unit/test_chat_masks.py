@@ -83,6 +83,7 @@ def test_what_is_supervised_of_each_kind_of_turn(tokenizers):
     said = [text[begin:end] for begin, end in spans]
     assert said == ["count<|im_end|>", "return 😀<|im_end|>", "<think>\nx = größe\n</think>\n\n0.5<|im_end|>"]
     assert (unplaced, shortened) == (0, 1), "of the first turn the thinking is left out"
+    assert conversation(ours, template("thinking", False), TOOL_CHATS[0]).shortened == 2, "it has no place for tool calls"
     reasoned = [{**message, "thinking": "naïve"} if message["role"] == "assistant" else message for message in CHATS[1]]
     text, spans, _, shortened = conversation(ours, template("thinking", False), reasoned)
     assert text[slice(*spans[-1])] == "<think>\nnaïve\n</think>\n\ncount\n    return x<|im_end|>" and shortened == 1

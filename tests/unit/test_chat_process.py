@@ -98,6 +98,13 @@ def test_chats_that_exceed_the_limits_are_skipped_and_counted(tmp_path, monkeypa
     assert len(results) == 2 and found.dropped == {"chat template exceeds its limits": 1} and found.skipped_names == ["a.jsonl:2"]
 
 
+@pytest.mark.parametrize("source", [ENDLESS, "{{ 1 / 0 }}"])
+def test_after_a_failure_that_ends_the_program_nothing_is_run(source):
+    with closing(RenderingProcess(ChatTemplate(source, {}, (), "here"), 0.2, stop_at_failure=True)) as process:
+        (failure,) = ask(process, "x", "x", "x")
+        assert isinstance(failure, ValueError) and process._process is None
+
+
 def test_a_process_that_is_killed_is_started_again_and_none_is_left():
     with made(GOOD) as process:
         assert ask(process, "a") == ["a"]
