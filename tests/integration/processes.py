@@ -101,7 +101,7 @@ def slow_steps(seconds: float) -> None:
 
 def slow_tokenising() -> None:
     """Every document takes half a second."""
-    from spectitan.data import corpus
+    from spectitan.data import encoding
     from spectitan.data.tokenizer import JsonTokenizer
 
     original = JsonTokenizer.encode_batch
@@ -110,7 +110,7 @@ def slow_tokenising() -> None:
         time.sleep(0.5)
         return original(self, texts)
 
-    JsonTokenizer.encode_batch, corpus.CHUNK_CHARACTERS = encode_batch, 1
+    JsonTokenizer.encode_batch, encoding.CHUNK_CHARACTERS = encode_batch, 1
 
 
 def slow_evaluation() -> None:

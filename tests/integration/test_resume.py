@@ -115,12 +115,44 @@ def test_usr1_saves_at_once_and_training_goes_on(world, whole, tmp_path):
 
 def test_a_stop_while_tokenising(world, tmp_path):
     flags = world.flags(tmp_path / "run", **RUN, data__tokenizer_threads=1, data__cache_dir=tmp_path / "cache")
-    process = processes.start("train", flags, tmp_path / "output", before=processes.slow_tokenising)
-    wait_for(lambda: list((tmp_path / "cache").glob("*.tmp")), process)
+    output = tmp_path / "output"
+    process = processes.start("train", flags, output, before=processes.slow_tokenising)
+    wait_for(lambda: output.exists() and "tokenising" in output.read_text(), process)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(4)  # tokenising all of it would take longer
-    assert process.exitcode == 128 + signal.SIGTERM
+    process.join(100)
+    assert process.exitcode == 128 + signal.SIGTERM and "done in" not in output.read_text()
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_trainers_on_one_empty_cache(world, tmp_path):
+    """One tokenises and is killed; of two that wait for it one goes on, the other waits again; all there is in the end is a clean cache."""
+    short = RUN | {"training__num_steps": 2}
+
+    def begin(name: str, **keys):
+        flags = world.flags(tmp_path / name, **short, data__tokenizer_threads=1, data__cache_dir=tmp_path / "cache")
+        return processes.start("train", flags, tmp_path / f"{name}.log", **keys)
+
+    def waits(name: str) -> bool:
+        log = tmp_path / f"{name}.log"
+        return log.exists() and "waiting for another process that does it" in log.read_text()
+
+    first = begin("first", before=processes.slow_tokenising)
+    wait_for(lambda: list((tmp_path / "cache").glob("*.tmp")), first)
+    others = {name: begin(name) for name in ("second", "third")}
+    for name, process in others.items():
+        wait_for(lambda name=name: waits(name), process)
+    first.kill()
+    for process in others.values():
+        process.join()
+        assert process.exitcode == 0
+    assert train.main(world.flags(tmp_path / "clean", **short, data__cache_dir=tmp_path / "clean_cache")) == 0
+    cache, clean = (
+        {name: content for name, (_, content) in tiny.contents(tmp_path / folder).items() if not name.startswith("sources-")}
+        for folder in ("cache", "clean_cache")
+    )
+    assert cache == clean and cache
+    for name in others:
+        tiny.assert_same_training(tmp_path / name, tmp_path / "clean", 2)
 
 
 def stop_long_work(process, output: Path) -> None:
