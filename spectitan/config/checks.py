@@ -66,7 +66,8 @@ def check_combinations(config: Config, program: str) -> None:
     if program == "train":
         _check_training(config)
     if program == "prepare":
-        token_freq = config.prepare.token_freq
+        size, token_freq = config.prepare.tokenizer_vocab_size, config.prepare.token_freq
+        _require(size == 0 or size > 256, f"prepare.tokenizer_vocab_size = {size}; allowed: 0, or above 256: the bytes and an end of text")
         _require(token_freq.endswith(".pt") or not token_freq, f"prepare.token_freq = {token_freq!r}; allowed: a file that ends in .pt")
         samples, start = config.prepare.generate_samples, config.prepare.generate_start
         given = f"prepare.generate_samples = {samples} and prepare.generate_start = {start}"
@@ -105,6 +106,11 @@ def _check_data(config: Config) -> None:
         f"data.overlong = {config.data.overlong} with data.packing = concat, which cuts documents where samples end; "
         "allowed: data.packing = best_fit or document",
     )
+    for first, second in (("prompt_key", "response_key"), ("input_ids_column", "loss_mask_column")):
+        names, default = (getattr(config.data, first), getattr(config.data, second)), getattr(type(config.data)(), second)
+        both = all(names) or not any(names) or names == ("", default)  # the first alone, set to "", says that there is neither
+        given = f"data.{first} = {names[0]!r} and data.{second} = {names[1]!r}"
+        _require(both, f'{given} are one column of two; allowed: both, or data.{first} = "" for neither')
     if weights:
         as_many = len(weights) == len(datasets)
         _require(as_many, f"data.weights has {len(weights)} numbers and data.datasets {len(datasets)} names; allowed: as many")

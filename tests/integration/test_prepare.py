@@ -192,11 +192,15 @@ def test_prompts_are_cut_from_held_out_lines(folder, capsys):
         ({"base__path": "{folder}/text"}, "no tokenizer in this folder"),
         ({"data__drop_overlap": "nowhere.jsonl"}, "nowhere.jsonl: prompts file nowhere.jsonl: No such file or directory"),
         ({"data__cache_dir": "{folder}/text/code/0.txt"}, "{folder}/text/code/0.txt: File exists"),
-        ({"base__path": "{folder}/text", "prepare__tokenizer_vocab_size": 100}, "vocabulary of 100 tokens; allowed: at least 257"),
+        (
+            {"base__path": "{folder}/text", "prepare__tokenizer_vocab_size": 256},
+            "prepare.tokenizer_vocab_size = 256; allowed: 0, or above 256",
+        ),
         ({"base__path": "{folder}/text", "prepare__tokenizer_vocab_size": 5000}, "prepare.tokenizer_vocab_size = 5000: the text gives"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(folder, capsys, changes, message):
+def test_a_mistake_is_one_line_and_status_2(folder, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr("spectitan.prepare._in_a_process", lambda function, *arguments: function(*arguments))
     before = {path: path.stat().st_mtime_ns for path in (folder / "text").rglob("*")}
     changes = {key: str(value).format(folder=folder) for key, value in changes.items()}
     assert main(flags(folder, **changes)) == 2

@@ -250,6 +250,9 @@ def test_family_in_file_must_be_known(toml_file):
         (["--data.datasets", "a,b,a"], ["data.datasets"]),
         (["--data.overlong", "truncate"], ["data.overlong = truncate", "data.packing = concat", "best_fit or document"]),
         (["--data.datasets", "a,,b"], ["data.datasets"]),
+        (["--data.prompt_key=q", "--data.response_key="], ["data.prompt_key = 'q' and data.response_key = ''", "both"]),
+        (["--data.prompt_key=", "--data.response_key=a"], ["data.prompt_key = '' and data.response_key = 'a'", "neither"]),
+        (["--data.loss_mask_column="], ["data.input_ids_column = 'input_ids' and data.loss_mask_column = ''"]),
         (["--optimizer.base_lr", "1e-5"], ["optimizer.base_lr = 1e-05", "base.freeze = false"]),
         (["--optimizer.base_lr", "0", "--base.freeze=false"], ["optimizer.base_lr = 0", "-1, or above 0"]),
         (["--base.activation_checkpointing"], ["base.activation_checkpointing", "base.freeze = false"]),
@@ -320,6 +323,7 @@ def test_what_other_programs_need(program, flags, named):
         ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.total_steps=9", "--lr_scheduler.num_cosine_cycles=2"]),
         ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.type=constant", "--lr_scheduler.warmup_steps=9"]),
         ("prepare", ["--base.path", "b", "--data.path", "d", "--data.packing=document", "--data.overlong=truncate"]),
+        ("prepare", ["--base.path", "b", "--data.path", "d", "--data.prompt_key=", "--data.input_ids_column=", "--data.loss_mask_column="]),
     ],
 )
 def test_what_is_enough(program, flags):
