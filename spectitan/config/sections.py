@@ -88,7 +88,8 @@ class Data:
     response_key: str = key("answer", "column of responses; only they are supervised")
     response_dict_keys: list[str] = key([], "keys that lead from that column's value to the response")
     messages_key: str = key(
-        "messages", "column of chats, each a list of {role, content}; what the assistant says is supervised; empty: none"
+        "messages",
+        "column of chats, each a list of {role, content} (or ShareGPT's {from, value}); what the assistant says is supervised; empty: none",
     )
     tools_key: str = key(
         "tools", "column beside data.messages_key: the tools that a chat may call, JSON schemas or their text; empty: none"

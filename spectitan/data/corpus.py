@@ -1,9 +1,11 @@
 """Datasets tokenised once: documents -> shards, on all cores, kept in a cache that outlives the run."""
 
+import functools
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from spectitan.config.sections import Data
 from spectitan.data.cached_folder import open_or_make
 from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Document, Found, find_datasets, read_documents, validation_datasets
 from spectitan.data.documents.formats import table_of
+from spectitan.data.documents.reading import check_first_rows
 from spectitan.data.encoding import Encoded, encoded
 from spectitan.data.overlap import PromptWindows
 from spectitan.data.progress import Progress
@@ -39,15 +42,19 @@ class TokenisedDataset(NamedTuple):
 def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset]:
     """The training part of every dataset, in the order of data.datasets: from the cache, or tokenised now.
 
+    Before one is tokenised all are looked at, that of data.val_path as well.
+
     Raises:
         UserError: what find_datasets, load_prompts and read_documents raise; a dataset without documents.
     """
     datasets = find_datasets(data)
-    weights = data.weights or [1.0] * len(datasets)
+    used = [dataset for dataset, weight in zip(datasets, data.weights or [1.0] * len(datasets), strict=True) if weight > 0]
     prompts = load_prompts(data.drop_overlap, tokenizer) if data.drop_overlap else []
+    others = validation_datasets(data) if data.val_path else []
+    check = functools.cache(lambda: check_first_rows([*used, *others], data))
     tokenised = [
-        TokenisedDataset(dataset.name, _tokenised(dataset, data, TRAINING, tokenizer, prompts) if weight > 0 else None)
-        for dataset, weight in zip(datasets, weights, strict=True)
+        TokenisedDataset(dataset.name, _tokenised(dataset, data, TRAINING, tokenizer, prompts, check) if dataset in used else None)
+        for dataset in datasets
     ]
     for name, shards in tokenised:
         if shards is not None:
@@ -80,10 +87,11 @@ def tokenise_held_out(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
     if not data.val_path and data.holdout == 0:
         return []
     part = None if data.val_path else HELD_OUT
-    tokenised, empty = [], []
-    for dataset in validation_datasets(data):
+    tokenised, empty, datasets = [], [], validation_datasets(data)
+    check = functools.cache(lambda: check_first_rows(datasets, data))
+    for dataset in datasets:
         try:
-            tokenised.append(TokenisedDataset(dataset.name, _tokenised(dataset, data, part, tokenizer, [])))
+            tokenised.append(TokenisedDataset(dataset.name, _tokenised(dataset, data, part, tokenizer, [], check)))
         except EmptyDataset as error:
             empty.append(error)
     if not tokenised:
@@ -91,8 +99,10 @@ def tokenise_held_out(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
     return tokenised
 
 
-def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]]) -> Shards:
-    """The shards in the cache, written now if they are not there.
+def _tokenised(
+    dataset: Dataset, data: Data, part: str | None, tokenizer: Tokenizer, prompts: list[list[int]], check: Callable[[], None]
+) -> Shards:
+    """The shards in the cache, written now if they are not there, after a call of `check`.
 
     Their folder is named after all that decides their bytes: how they are made and the files' names and sizes, then the files'
     content. Where there is no folder of the same names and sizes the content is hashed while it is tokenised.
@@ -112,6 +122,7 @@ def _tokenised(dataset: Dataset, data: Data, part: str | None, tokenizer: Tokeni
         return cache / f"{made_from}-{content}"
 
     def write(temporary: Path) -> Path:
+        check()
         memory, source = Memory(dataset, cache), SourceHash(dataset)
         _write_shards(temporary, dataset, data, part, tokenizer, PromptWindows(prompts), source)
         content = source.finish()

@@ -1,5 +1,6 @@
 """Mistakes: exit status 2, one line that names the file or key, and nothing that was saved is touched."""
 
+import io
 import json
 import shutil
 import struct
@@ -7,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectitan.chats import process
 from spectitan.data.tokenizer import train_bpe
 from tests.integration import tiny
 from tests.integration.tiny import PROGRAMS, SHORT
@@ -113,6 +117,19 @@ def data_folder(tmp_path: Path, **files: bytes) -> str:
 LINE = json.dumps({"text": "def f(): return 1"}).encode() + b"\n"
 
 
+def parquet(**columns: list) -> bytes:
+    content = io.BytesIO()
+    pa.parquet.write_table(pa.table(columns), content)
+    return content.getvalue()
+
+
+def arrow(**columns: list) -> bytes:
+    content, table = io.BytesIO(), pa.table(columns)
+    with pa.ipc.new_stream(content, table.schema) as writer:
+        writer.write_table(table)
+    return content.getvalue()
+
+
 @pytest.mark.parametrize(
     "files, words",
     [
@@ -125,11 +142,51 @@ LINE = json.dumps({"text": "def f(): return 1"}).encode() + b"\n"
         ({"a__jsonl": LINE + b"[" * 100_000 + b"\n"}, ["a.jsonl:2"]),
         ({"a__txt": b"", "b__txt": b""}, ["empty dataset", "2 "]),
         ({}, ["empty dataset", ".txt"]),
+        ({"a__csv": b"text", "b__bin": b"text"}, ["empty dataset", ".txt", ".bin, .csv"]),
+        ({"a__jsonl": LINE * 7890 + LINE[:-2] + b"\n" + LINE}, ["a.jsonl:7891", "not valid JSON"]),
+        ({"a__parquet": parquet(x=["1"], y=[2])}, ["a.parquet", "no column 'text'", "its columns: 'x', 'y'"]),
+        ({"a__parquet": parquet(text=["größe"] * 999)[:-30]}, ["a.parquet", "damaged Parquet file"]),
+        ({"a__arrow": arrow(text=["größe"] * 999)[:-30]}, ["a.arrow", "damaged Arrow file"]),
+        ({"a__arrow": arrow(tokens=[[1, 2], [3, tiny.VOCAB]])}, ["a.arrow:2", f"token id {tiny.VOCAB}", f"0 .. {tiny.VOCAB - 1}"]),
+        ({"a__jsonl": b'{"input_ids": [1, 2], "loss_mask": [1]}\n'}, ["a.jsonl:1", "'loss_mask' has 1 numbers and 'input_ids' 2"]),
+        (
+            {"a__jsonl": b'{"messages": [{"role": "assistant", "content": "x"}]}\n'},
+            ["a.jsonl:1", "the base has none", "chat_template.jinja"],
+        ),
     ],
 )
-def test_data(world, run, refused, tmp_path, files, words):
-    line = refused([*world.flags(run, **SHORT, checkpoint__resume="never"), data_folder(tmp_path, **files), "--data.holdout=0"])
+@pytest.mark.parametrize("program", ["train", "prepare"])
+def test_data(world, run, refused, tmp_path, files, words, program):
+    flags = [*world.flags(run, **SHORT, checkpoint__resume="never"), data_folder(tmp_path, **files), "--data.holdout=0"]
+    line = refused(flags, program)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("program", ["train", "prepare"])
+def test_the_nearest_dataset_is_named(world, run, refused, tmp_path, program):
+    for name in ("code", "prose"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("def f(): return 1")
+    line = refused(world.flags(run, **SHORT, data__path=tmp_path, data__datasets="code,porse", checkpoint__resume="never"), program)
+    assert f"data.datasets: no 'porse' below data.path = {tmp_path}; the nearest is 'prose'" in line
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it has not ended within 0.2 s"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% for %}", "not a chat template: "),
+    ],
+)
+def test_templates(world, run, refused, tmp_path, monkeypatch, template, problem):
+    monkeypatch.setattr(process, "LIMIT_SECONDS", 0.2)
+    shutil.copytree(world.root / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    data = data_folder(tmp_path, a__jsonl=json.dumps(row).encode())
+    line = refused([*world.flags(run, **SHORT, base__path=tmp_path / "base", checkpoint__resume="never"), data])
+    assert problem in line and "chat_template.jinja" in line
 
 
 # ---- a base's files ----

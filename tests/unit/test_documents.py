@@ -35,6 +35,23 @@ def test_a_tree_is_read_by_suffix_in_sorted_order(tmp_path):
     assert list(read(Data(path=str(tmp_path), datasets=["b", "a.md"]))[0]) == ["b/a.txt", "b/z.txt", "a.md"]
 
 
+def test_links_are_followed_but_not_back(tmp_path):
+    write_texts(tmp_path, {"elsewhere/deep/b.txt": "b", "root/a.txt": "a", "file.txt": "c"})
+    for link, target in {"linked": "elsewhere", "again/linked": "elsewhere/deep", "c.txt": "file.txt", "loop": "root", "up/x": "."}.items():
+        (tmp_path / "root" / link).parent.mkdir(exist_ok=True)
+        (tmp_path / "root" / link).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    assert read(Data(path=str(tmp_path / "root")))[0] == {"a.txt": "a", "again/linked/b.txt": "b", "c.txt": "c", "linked/deep/b.txt": "b"}
+
+
+def test_a_file_whose_name_is_no_text_is_named(tmp_path):
+    write_texts(tmp_path, {"a.txt": "a", os.fsdecode(b"\xff.txt"): b"\xff"})
+    with pytest.raises(UserError, match=r"\\udcff\.txt:1: byte 0xff is not UTF-8"):
+        read(Data(path=str(tmp_path)))
+    found = read(Data(path=str(tmp_path), on_invalid="skip"))[1]
+    assert found.skipped_names == [f"{tmp_path}/\\udcff.txt:1"]
+
+
 def test_progress_counts_the_bytes_of_all_files(tmp_path):
     write_texts(tmp_path, {"a.txt": "größe", "b.jsonl": '{"text": "ä"}\n\n{"text": "b"}\n', "c.txt": "c"})
     (dataset,) = find_datasets(Data(path=str(tmp_path)))
@@ -91,6 +108,7 @@ def test_the_standard_library_is_its_source_without_tests():
         ("a.jsonl", b'\n{"text": "x"', r"a\.jsonl:2: not valid JSON: .* at column 13"),
         ("a.jsonl", b'["text"]', r"a\.jsonl:1: a JSON list; allowed: an object"),
         ("a.jsonl", b'{"txt": 1, "other": 2}', r"a\.jsonl:1: no column 'text' \(data.text_column\), or .*; its columns: 'txt', 'other'"),
+        ("a.jsonl", b'{"' + b"k" * 9000 + b'": 1}', r"a\.jsonl:1: no column 'text' .*; its columns: 'k{79}; mend"),
         ("a.jsonl", b'{"text": null}', r"a\.jsonl:1: 'text' is a NoneType; allowed: a string"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: 'text' has half of a surrogate pair"),
         ("a.jsonl", b'{"text": ' + b"[" * 200_000, r"a\.jsonl:1: "),

@@ -364,6 +364,39 @@ def test_an_id_outside_the_vocabulary_in_a_shard_of_fms(tmp_path):
         tokenised(tmp_path)
 
 
+class NeverTokenizer(ByteTokenizer):
+    def encode_batch(self, texts):
+        raise AssertionError("nothing should be tokenised")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b/z.jsonl", b'{"text": "x"\n', r"b/z\.jsonl:1: not valid JSON"),
+        ("b/z.jsonl", b'{"txt": "x"}\n', r"b/z\.jsonl:1: no column 'text'"),
+        ("b/z.jsonl.gz", b'{"text": "x"}\n', r"b/z\.jsonl\.gz: damaged gzip file"),
+        ("b/z.parquet", b"PAR1", r"b/z\.parquet: damaged Parquet file"),
+        ("b/z.arrow", b"ARROW1", r"b/z\.arrow: damaged Arrow file"),
+        ("val/z.arrow", b"ARROW1", r"val/z\.arrow: damaged Arrow file"),
+        ("other.txt", b"x", r"data\.val_path = .*val': no such file or folder"),
+    ],
+)
+def test_all_tables_are_looked_at_before_anything_is_tokenised(tmp_path, name, content, message):
+    write_texts(tmp_path / "text", {"a/a.txt": "a good text", "b/a.jsonl": '{"text": "another"}'})
+    write_texts(tmp_path, {name if name.startswith(("val", "other")) else f"text/{name}": content})
+    data = make_data(tmp_path, datasets=["a", "b"], val_path=str(tmp_path / "val") if name[0] in "vo" else "")
+    with pytest.raises(UserError, match=message):
+        tokenise_training(data, NeverTokenizer())
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
+
+
+def test_of_tables_that_are_looked_at_only_those_that_are_used_count(tmp_path):
+    write_texts(tmp_path / "text", {"a/a.jsonl": '{"text": "good"}', "a/b.jsonl": "{", "c/a.parquet": "PAR1"})
+    data = make_data(tmp_path, datasets=["a", "c"], weights=[1.0, 0.0], on_invalid="skip")
+    (_, shards), (_, unused) = tokenise_training(data, PLAIN)
+    assert documents_of(shards) == [PLAIN.encode("good")] and unused is None and shards.meta["dropped"] == {"invalid row": 1}
+
+
 def test_rows_with_text_and_ids_must_be_told_which_is_meant(tmp_path):
     write_rows(tmp_path / "text/a.jsonl", [{"text": "ab", "tokens": [5, 6]}])
     with pytest.raises(UserError, match=r"its columns could be text \(data.text_column\) and ids \(data.tokens_column\); allowed: one of"):

@@ -90,6 +90,16 @@ def test_text_ids_and_messages(tmp_path, suffix):
     assert read(tmp_path / "chats")[0] == [Messages(chat) for chat in CHATS]
 
 
+@both
+def test_chats_of_sharegpt(tmp_path, suffix):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    chats = [[{"role": "system", "content": "naïve"}, *CHATS[0]], CHATS[1]]
+    rows = [{"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in chat]} for chat in chats]
+    write(tmp_path, [*rows, {"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "y"}]}], suffix)
+    contents, _, found = read(tmp_path, messages_key="conversations")
+    assert contents == [Messages(chat) for chat in chats] and found.dropped == {"unknown role in 'conversations' (data.messages_key)": 1}
+
+
 def test_a_parquet_file_has_keys_that_its_messages_do_not(tmp_path):
     calls = [{"name": "f", "arguments": {"x": "1"}}, {"name": "g", "arguments": {"y": [{"z": 2}]}}]
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}]

@@ -107,14 +107,15 @@ def _sub_folder(data: Data, name: str, root: Path) -> Path:
 
 
 def _dataset(name: str, source: _Source, folder: Path) -> Dataset:
-    """The files of `folder`, or the file that it is. Hidden files and folders are left out."""
+    """The files of `folder`, or the file that it is. Hidden files and folders are left out; links are followed."""
     root = source.root
     if folder.is_file():
         root = root if root != folder else folder.parent
         return Dataset(name, root, (folder.relative_to(root).as_posix(),))
     files, others = [], set()
-    for parent, folders, names in os.walk(folder, onerror=_raise):
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [entry for entry in folders if not entry.startswith(".") and entry not in source.excluded]
+        folders[:] = [entry for entry in folders if not _leads_back(Path(parent, entry))]
         names = [file for file in names if not file.startswith(".")]
         readable = [file for file in names if file.endswith(source.suffixes)]
         others.update(Path(file).suffix or file for file in set(names).difference(readable))
@@ -131,6 +132,11 @@ def _dataset(name: str, source: _Source, folder: Path) -> Dataset:
         inner = hub_splits.choose(name, [Path(file).relative_to(named).as_posix() for file in files], source.splits)
         files = [(named / file).as_posix() for file in inner]
     return Dataset(name, root, tuple(files))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _raise(error: OSError) -> None:

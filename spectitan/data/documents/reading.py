@@ -3,8 +3,9 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class Found:
 
     def invalid(self, name: str, problem: str, data: Data, reason: str) -> None:
         """A file or row that cannot be read: an error, or skipped, named and counted, as data.on_invalid says."""
+        name = name.encode(errors="backslashreplace").decode()  # a file's name may be no text
         if data.on_invalid == "error":
             raise UserError(f'{name}: {problem}; mend the file, or set data.on_invalid = "skip"')
         self.dropped[reason] += 1
@@ -66,6 +68,21 @@ def read_documents(dataset: Dataset, data: Data, part: str | None, found: Found)
         else:
             found.other_part += 1
         read_before += path.stat().st_size
+
+
+def check_first_rows(datasets: Iterable[Dataset], data: Data) -> None:
+    """Reads the first row of every table: one without the columns, or cut short, is found before the work on others.
+
+    Raises:
+        UserError, OSError: as read_documents.
+    """
+    kinds = kinds_of(data)
+    for dataset in datasets:
+        for file in dataset.files:
+            table = table_of(data, file)
+            if table is not None:
+                first = table._replace(rows=lambda path, kinds, rows=table.rows: islice(rows(path, kinds), 1))
+                list(_table(first, dataset.root / file, file, data, kinds, None, Found()))
 
 
 def _whole_file(path: Path, data: Data, found: Found) -> Iterator[tuple[str, str, int]]:

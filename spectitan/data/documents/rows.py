@@ -10,6 +10,7 @@ from spectitan.config.sections import Data
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 IDS_COLUMNS = ("input", "output")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # others, as system, are called what they are
 
 
 class PromptResponse(NamedTuple):
@@ -86,7 +87,7 @@ def kind_of(names: Collection[str], kinds: Sequence[Kind]) -> Kind:
         both = " and ".join(f"{kind.name} ({kind.keys})" for kind in fitting)
         raise ValueError(f'its columns could be {both}; allowed: one of them. Set the key that is not meant to ""')
     wanted = ", or ".join(f"{' and '.join(map(repr, kind.columns))} ({kind.keys})" for kind in kinds)
-    raise ValueError(f"no column {wanted}; its columns: {', '.join(map(repr, list(names)[:12])) or 'none'}")
+    raise ValueError(f"no column {wanted}; its columns: {', '.join(repr(name)[:80] for name in list(names)[:12]) or 'none'}")
 
 
 def _text(row: dict, data: Data) -> str:
@@ -127,6 +128,7 @@ def _messages(row: dict, data: Data) -> Messages:
     messages, place = row[data.messages_key], f"{data.messages_key!r} (data.messages_key)"
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise SkippedRow(f"no list of messages in {place}")
+    messages = [_of_sharegpt(message) if message.keys() >= {"from", "value"} else message for message in messages]
     roles = [message.get("role") for message in messages]
     if not all(isinstance(role, str) and role in ROLES for role in roles):
         raise SkippedRow(f"unknown role in {place}")
@@ -138,6 +140,12 @@ def _messages(row: dict, data: Data) -> Messages:
     # A key without a value is none to a template, as in transformers.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     return Messages(messages, _tools(row.get(data.tools_key), f"{data.tools_key!r} (data.tools_key)"))
+
+
+def _of_sharegpt(message: dict) -> dict:
+    """{"from": "human", "value": ...}, as ShareGPT's chats are written, in the usual names."""
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": _SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]} | rest
 
 
 def _tools(value: object, place: str) -> list[dict] | None:
