@@ -36,19 +36,21 @@ def open_or_make(
     opened = _found(find, open_folder)
     if opened is not None:
         return opened
-    with _locked(lock, task):
+    with _locked(lock, task) as held:
         opened = _found(find, open_folder)  # another process may have written it while this one waited
         if opened is not None:
             return opened
-        for leftover in lock.parent.glob(f"{lock.stem}.*.tmp"):  # of a process that was killed: it holds the lock no more
-            shutil.rmtree(leftover, ignore_errors=True)
+        if held:
+            _remove_leftovers(lock)
         temporary = lock.with_name(f"{lock.stem}.{secrets.token_hex(8)}.tmp")
         temporary.mkdir()
         try:
             folder = write(temporary)
-            if folder.exists():  # broken
-                shutil.rmtree(folder)
-            temporary.rename(folder)
+            if folder.exists() and not (held or open_folder(folder) is None):
+                shutil.rmtree(temporary)  # without locks, another process has written the same
+            else:
+                shutil.rmtree(folder, ignore_errors=True)  # broken
+                temporary.rename(folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
@@ -65,13 +67,32 @@ def _found(find: Callable[[], Path | None], open_folder: Callable[[Path], Opened
     return None if folder is None else open_folder(folder)
 
 
+def _remove_leftovers(lock: Path) -> None:
+    """What processes that were killed have begun in this folder: they hold their locks no more."""
+    for leftover in lock.parent.glob("*.*.tmp"):
+        of_leftover = lock.with_name(f"{leftover.name.partition('.')[0]}.lock")
+        if of_leftover == lock or _is_free(of_leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_free(lock: Path) -> bool:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 @contextmanager
-def _locked(path: Path, task: str) -> Iterator[None]:
+def _locked(path: Path, task: str) -> Iterator[bool]:
     """One process at a time, on one machine and over file systems that pass locks on. Ends with the process, however that ends.
 
-    Where a file system has no locks, processes may do the same work twice; renaming keeps the result whole.
+    Where a file system has no locks, which is said and given as False, processes may do the same work twice; renaming keeps the
+    result whole.
     """
     with path.open("w") as file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,4 +100,5 @@ def _locked(path: Path, task: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             logger.warning("%s: this file system has no locks (%s)", path, error.strerror)
-        yield
+            held = False
+        yield held

@@ -1,5 +1,6 @@
 """What the files of a dataset hold, as one hash, and whether it can have changed since it was made."""
 
+import contextlib
 import hashlib
 import os
 import time
@@ -79,9 +80,10 @@ class Memory:
     def keep(self, content: str) -> None:
         """The hash of the files as they were when this object was made."""
         if self._settled and self.recall() != content:
-            for old in self._folder.glob(f"{self._prefix}*"):
-                old.unlink(missing_ok=True)
-            (self._folder / f"{self._prefix}{content}").touch()
+            with contextlib.suppress(OSError):  # of a cache that others write; the content is read anew next time
+                for old in self._folder.glob(f"{self._prefix}*"):
+                    old.unlink(missing_ok=True)
+                (self._folder / f"{self._prefix}{content}").touch()
 
 
 def names_and_sizes(dataset: Dataset) -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """Shards hold every document once, are written whole or not at all, and hold no evaluation prompt."""
 
 import errno
+import fcntl
 import importlib
 import json
 import logging
@@ -336,6 +337,35 @@ def test_runs_killed_at_random_times_leave_the_cache_of_a_clean_run(tmp_path, se
     for process in together:
         process.join()
     assert together[-1].exitcode == 0 and {process.exitcode for process in together[:3]} <= {0, -signal.SIGKILL}
+    assert contents(tmp_path / "cache") == clean_run(tmp_path)
+
+
+def test_what_a_killed_run_of_other_keys_has_begun_is_removed_and_nothing_that_is_at_work(tmp_path):
+    data = many_chunks(tmp_path)
+    process = start(die_at, data, "spectitan.data.shards:ShardWriter.add", 5)
+    process.join()
+    working = tmp_path / "cache" / "alive.0.tmp"
+    working.mkdir()
+    begun = set((tmp_path / "cache").glob("*.tmp")) - {working}
+    with working.with_name("alive.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tokenised(make_data(tmp_path, holdout=0.1), ByteTokenizer())
+    assert len(begun) == 1 and list((tmp_path / "cache").glob("*.tmp")) == [working]
+
+
+def test_without_locks_two_processes_that_write_the_same_disturb_none(tmp_path, monkeypatch, caplog):
+    data, other = many_chunks(tmp_path), []
+
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def meanwhile():
+        other.append(tokenised(data, ByteTokenizer()).folder.stat().st_ino)
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    folder = tokenised(data, AccidentTokenizer(meanwhile)).folder
+    assert other == [folder.stat().st_ino], "what is in use is not replaced"
+    assert "this file system has no locks (No locks available)" in caplog.text
     assert contents(tmp_path / "cache") == clean_run(tmp_path)
 
 

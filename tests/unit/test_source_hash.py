@@ -131,3 +131,17 @@ def test_sources_are_hashed_while_they_are_tokenised_and_once_in_a_process(tmp_p
     source_hash._known.clear()
     documents(data)
     assert len(made) == 3, "another process reads them"
+
+
+@pytest.mark.parametrize("verify", ["content", "stat"])
+def test_a_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch, verify):
+    write_texts(tmp_path / "text", TEXTS)
+    data = make_data(tmp_path, verify=verify)
+    documents(data)
+    settle(monkeypatch)
+
+    def refuse(path, **keys):
+        raise PermissionError(13, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    assert documents(data) == expected(tmp_path)
