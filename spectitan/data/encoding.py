@@ -103,13 +103,13 @@ def _length(content: str | tuple) -> int:
 def _encode_chunk(chunk: list[_Part], tokenizer: Tokenizer) -> list[tuple[_Part, Encoded, int]]:
     texts = [part.content for part in chunk if isinstance(part.content, str)]
     ids = iter(tokenizer.encode_batch(texts) if texts else [])
-    begin = tokenizer.prompt([])
-    end = tokenizer.document([])[len(begin) :]
+    begin, end = np.array(tokenizer.prompt([]), np.uint32), _end(tokenizer)
     results = []
     for part in chunk:
         if isinstance(part.content, str):
-            framed = [*(begin if part.is_first else ()), *next(ids), *(end if part.is_last else ())]
-            results.append((part, Encoded(np.array(framed, np.uint32)), int(part.torn)))
+            around = begin if part.is_first else begin[:0], end if part.is_last else end[:0]
+            framed = np.concatenate([around[0], np.array(next(ids), np.uint32), around[1]])
+            results.append((part, Encoded(framed), int(part.torn)))
         else:
             results.append((part, *_encode(part.content, tokenizer)))
     return results
