@@ -91,7 +91,7 @@ class Loader:
             "dropped": {reason: documents}, "noted": {what: how often}, "packed": {what: how often}, "skipped": names}.
         reasons: of all datasets together, what was dropped, noted, split or truncated -> how often.
         shares: share of each dataset in the tokens of the samples, padding left out.
-        fingerprints: of each dataset's tokenised text: another if the files, the tokenizer or the choice of documents are; "" for none.
+        fingerprints: of each dataset's samples: another if the files, the tokenizer, the choice of documents or the packing are; "" for none.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class Loader:
         self.datasets, self.samples = [dataset.name for dataset in datasets], samples
         self.counts = {dataset.name: _counts(dataset, of_dataset) for dataset, of_dataset in zip(datasets, samples)}
         self.reasons = _reasons(self.counts.values())
-        self.fingerprints = {dataset.name: dataset.shards.folder.name if dataset.shards else "" for dataset in datasets}
+        self.fingerprints = {
+            dataset.name: "" if of_dataset is None else of_dataset.fingerprint for dataset, of_dataset in zip(datasets, samples)
+        }
         whole = sum(map(Fraction, weights))  # of floats, it could be infinite
         self.shares = {name: float(Fraction(weight) / whole) for name, weight in zip(self.datasets, weights)}
         self._global_batch_size = global_batch_size

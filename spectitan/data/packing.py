@@ -15,7 +15,7 @@ from spectitan.data.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the index
+_VERSION = 2  # of the index; another number, other samples
 
 
 class BrokenIndex(ValueError):
@@ -47,8 +47,8 @@ class PackedDataset:
     """Samples of one dataset, the same in every epoch and for every seed.
 
     concat: the documents, in their fixed order, are one stream that is cut every seq_length tokens. Every token stands in exactly one
-    sample, and only the last one is padded. A document that is cut goes on in the next sample as a document of its own: of a chat
-    that is cut, the rest of an answer is supervised without what came before it.
+    sample, and only the last one is padded; samples with nothing to supervise are left out. A document that is cut goes on in the next
+    sample as a document of its own: of a chat that is cut, the rest of an answer is supervised without what came before it.
 
     best_fit, document: a sample holds whole documents, several or one, and what is left of it is padding. Of a document that is
     longer than a sample, every seq_length tokens are a document of their own, or the first are all that is used.
@@ -68,11 +68,10 @@ class PackedDataset:
             if {name: (folder / name).stat().st_size for name in meta["files"]} != meta["files"]:
                 raise BrokenIndex(f"{folder}: files are not as long as they were")
             self._samples, self.num_tokens, self.counts = meta["samples"], meta["tokens"], meta["counts"]
-            if packing.packing != "concat" and self._samples:
-                self._rows, self._begins, self._lengths = (
-                    np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
-                    for name in ("rows", "begins", "lengths")
-                )
+            self._cuts, self._rows, self._begins, self._lengths = (
+                np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray) if name in meta["files"] else None
+                for name in ("cuts.npy", "rows.npy", "begins.npy", "lengths.npy")
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BrokenIndex(f"{folder}: {error}") from None
 
@@ -85,7 +84,12 @@ class PackedDataset:
     @property
     def identity(self) -> dict[str, object]:
         """What decides what each sample holds."""
-        return {"text": self._shards.folder.name, **self._packing._asdict()}
+        return {"text": self._shards.folder.name, **self._packing._asdict(), "index": _VERSION}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the samples."""
+        return f"{self._shards.folder.name}/{self._packing.folder}"
 
     @property
     def masked(self) -> bool:
@@ -135,7 +139,7 @@ class PackedDataset:
 
     def _cut(self, sample: int) -> list[tuple[int, int]]:
         shards, parts = self._shards, []
-        position = sample * self._packing.seq_length
+        position = (sample if self._cuts is None else int(self._cuts[sample])) * self._packing.seq_length
         end = min(position + self._packing.seq_length, shards.num_tokens)
         row = int(np.searchsorted(shards.stream, position, side="right")) - 1
         while position < end:

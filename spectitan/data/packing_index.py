@@ -1,11 +1,13 @@
 """The index of a packing: which parts of documents each sample holds. Made once for shards and keys, and kept beside the shards.
 
     meta.json          "samples", "tokens" (in all of them) and "counts" {what happened to documents: how often}
+    cuts.npy           int64 [samples], for concatenation: which seq_length tokens of the stream each sample is; all, where there is no such file
     rows.npy           int64 [samples + 1], where each sample's parts begin in the next two; these three not for concatenation
     begins.npy         int64 [parts], where a part begins in all of the ids of the shards
     lengths.npy        int32 [parts], its tokens
 
-While it is made, memory is that of the files' maps, 20 bytes a part and 8 a sample, of which the system may put out what is not in use.
+While it is made, memory is that of the files' maps, 20 bytes a part (8 a document of a concatenation) and 8 a sample, of which the system
+may put out what is not in use.
 """
 
 import json
@@ -33,7 +35,7 @@ _ITEM_KEY = 0x17E45A1B  # chooses which of the parts of one length share rows wi
 def write_index(folder: Path, shards: Shards, packing: str, overlong: str, seq_length: int) -> None:
     """Fills an empty folder; everything has reached the disk when this returns."""
     if packing == "concat":
-        meta = _concatenation(shards, seq_length)
+        meta = _concatenation(folder, shards, seq_length)
     else:
         meta = _whole_documents(folder, shards, packing, overlong, seq_length)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -42,13 +44,56 @@ def write_index(folder: Path, shards: Shards, packing: str, overlong: str, seq_l
         sync(path)
 
 
-def _concatenation(shards: Shards, seq_length: int) -> dict:
-    split = 0
+def _concatenation(folder: Path, shards: Shards, seq_length: int) -> dict:
+    counts = Counter()
     for start in range(0, len(shards.order), _BLOCK_PARTS):
         bounds = shards.stream[start : start + _BLOCK_PARTS + 1]
-        split += int(np.count_nonzero(bounds[:-1] // seq_length < (bounds[1:] - 1) // seq_length))
-    samples = -(-shards.num_tokens // seq_length)
-    return {"samples": samples, "tokens": shards.num_tokens, "counts": {"documents split": split} if split else {}}
+        counts["documents split"] += int(np.count_nonzero(bounds[:-1] // seq_length < (bounds[1:] - 1) // seq_length))
+    samples, tokens = -(-shards.num_tokens // seq_length), shards.num_tokens
+    if shards.masked:
+        kept_path = folder / "kept.tmp"
+        kept = _new_array(kept_path, bool, samples)
+        _find_supervised_cuts(kept, folder / "starts.tmp", shards, seq_length)
+        left_out = samples - int(np.count_nonzero(kept))
+        if left_out:
+            samples -= left_out
+            tokens = samples * seq_length - int(kept[-1]) * (-tokens % seq_length)
+            counts["samples left out, nothing in them is supervised"] = left_out
+            counts["tokens left out with them"] = shards.num_tokens - tokens
+            if samples:
+                _write_places(_new_array(folder / "cuts.npy", np.int64, samples), kept)
+        kept_path.unlink()
+    return {"samples": samples, "tokens": tokens, "counts": {what: count for what, count in counts.items() if count}}
+
+
+def _find_supervised_cuts(kept: np.ndarray, starts_path: Path, shards: Shards, seq_length: int) -> None:
+    """Sets `kept`, bool [samples] of zeros, where some seq_length tokens of the stream have one to supervise. Masks are read in the order
+    of the files, so that where each document begins in the stream is put in that order first."""
+    starts = _new_array(starts_path, np.int64, len(shards.order))
+    for first in range(0, len(shards.order), _BLOCK_PARTS):
+        block = slice(first, min(first + _BLOCK_PARTS, len(shards.order)))
+        starts[shards.order[block]] = shards.stream[block]
+    first = 0
+    for bounds in _document_bounds(shards, seq_length):
+        lengths, start = np.diff(bounds), starts[first : first + len(bounds) - 1]
+        first += len(lengths)
+        per_document = np.where(lengths, (start + lengths - 1) // seq_length - start // seq_length + 1, 0)
+        document, place = _numbered(per_document)
+        sample = start[document] // seq_length + place
+        to_file = bounds[document] - start[document]  # from a place in the stream to that in the files
+        begins = np.maximum(sample * seq_length + to_file, bounds[document])
+        ends = np.minimum((sample + 1) * seq_length + to_file, bounds[document + 1])
+        kept[sample[_supervised(shards, begins, ends)]] = True
+    starts_path.unlink()
+
+
+def _write_places(output: np.ndarray, kept: np.ndarray) -> None:
+    """The places that are set."""
+    done = 0
+    for start in range(0, len(kept), _BLOCK_PARTS):
+        places = start + np.flatnonzero(kept[start : start + _BLOCK_PARTS])
+        output[done : done + len(places)] = places
+        done += len(places)
 
 
 def _whole_documents(folder: Path, shards: Shards, packing: str, overlong: str, seq_length: int) -> dict:
@@ -81,8 +126,7 @@ def _parts(shards: Shards, overlong: str, seq_length: int, counts: Counter) -> I
             per_document = np.minimum(lengths, 1)
             counts["documents truncated"] += int(longer.sum())
             counts["tokens cut off them"] += int((lengths - seq_length)[longer].sum())
-        document = np.repeat(np.arange(len(lengths)), per_document)
-        place = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+        document, place = _numbered(per_document)
         begins = bounds[document] + place * seq_length
         ends = np.minimum(begins + seq_length, bounds[document + 1])
         kept = _supervised(shards, begins, ends)
@@ -90,6 +134,12 @@ def _parts(shards: Shards, overlong: str, seq_length: int, counts: Counter) -> I
         counts["documents or parts left out, nothing in them is supervised"] += int((~kept).sum())
         counts["tokens left out with them"] += int(lengths[~kept].sum())
         yield begins[kept], lengths[kept]
+
+
+def _numbered(per_document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For so many parts of each document: the document of each part, and which of its parts it is."""
+    document = np.repeat(np.arange(len(per_document)), per_document)
+    return document, np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
 
 
 def _document_bounds(shards: Shards, seq_length: int) -> Iterator[np.ndarray]:

@@ -89,13 +89,13 @@ def warn_of_other_text(saved: dict[str, str], current: dict[str, str]) -> None:
     """Says which datasets are not what they were when the checkpoint was written: the run goes on, its order of samples does not.
 
     Args:
-        saved: dataset -> fingerprint of its tokenised text, of the checkpoint.
+        saved: dataset -> fingerprint of its samples, of the checkpoint.
         current: the same of this run.
     """
     changed = [name for name in current if saved.get(name, current[name]) != current[name]]
     if changed:
         logger.warning(
-            "the text of %s is not what it was when the checkpoint was written: some samples may come twice, others never",
+            "the text of %s, or how it is packed, is not what it was when the checkpoint was written: samples may come twice, or never",
             ", ".join(changed),
         )
 

@@ -142,6 +142,28 @@ def test_concatenation_says_how_many_documents_it_cuts(tmp_path):
     assert line.startswith(f"{len(dataset):,} samples of 17 tokens (concat), ") and line.endswith(f"filled, {cut} documents split")
 
 
+@pytest.mark.parametrize("seq_length", [2, 3, 17, 64, 701])
+def test_samples_of_a_concatenation_with_nothing_to_supervise_are_left_out(tmp_path, seq_length):
+    generator = np.random.default_rng(4)
+    writer = ShardWriter(tmp_path, 300, shard_tokens=900)
+    for number, length in enumerate(generator.integers(0, 400, 61).tolist()):
+        mask = None if number % 7 == 0 else np.arange(length) >= length - generator.integers(0, 9)
+        writer.add(generator.integers(0, 300, length).astype(np.uint32), mask)
+    writer.finish({})
+    shards = Shards(tmp_path)
+    ids, masks = documents_of(shards), masks_of(shards)
+    stream = [(*token, document) for document in shards.order.tolist() for token in zip(ids[document], masks[document])]
+    cuts = [stream[start : start + seq_length] for start in range(0, len(stream), seq_length)]
+    expected = [cut for cut in cuts if any(mask and document == before for (_, mask, document), (*_, before) in zip(cut[1:], cut))]
+    samples = packed(shards, Data(seq_length=seq_length), "name")
+    found = [(sum((part[0] for part in row), []), sum((part[1] for part in row), [])) for row in rows_of(samples, seq_length)]
+    assert found == [([token[0] for token in cut], [token[1] for token in cut]) for cut in expected]
+    assert samples.num_tokens == sum(map(len, expected)) and samples.counts.get("documents split", 0) > 0
+    left_out = len(cuts) - len(expected)
+    assert samples.counts.get("samples left out, nothing in them is supervised", 0) == left_out and (left_out > 0) == (seq_length < 701)
+    assert samples.counts.get("tokens left out with them", 0) == len(stream) - samples.num_tokens
+
+
 @whole_documents
 def test_indexes_are_made_in_parts(tmp_path, packing, monkeypatch):
     made = {}
@@ -153,6 +175,7 @@ def test_indexes_are_made_in_parts(tmp_path, packing, monkeypatch):
             packed(shards, Data(seq_length=17, **keys), "name")
         made[name] = contents(shards.folder)
     assert made["whole"] == made["parts"] == made["single"] and len(made["whole"]) > 10
+    assert any(name.endswith("concat-split-17/cuts.npy") for name in made["whole"])
 
 
 def test_neighbours_in_the_files_do_not_share_a_row(tmp_path):
@@ -191,14 +214,15 @@ def test_keys_that_decide_samples_have_indexes_of_their_own(tmp_path):
         assert len(set(shards.folder.glob("packing-*")) - before) == 1
 
 
-@whole_documents
-def test_a_dataset_with_nothing_to_supervise_is_refused(tmp_path, packing):
+@pytest.mark.parametrize(("packing", "overlong"), [("best_fit", "truncate"), ("document", "truncate"), ("concat", "split")])
+def test_a_dataset_with_nothing_to_supervise_is_refused(tmp_path, packing, overlong):
     writer = ShardWriter(tmp_path, 300)
-    writer.add(np.arange(40, dtype=np.uint32), np.arange(40) >= 30)  # truncated, the answer is lost
+    # Truncated, the answer is lost; cut in two, it is the first of a sample, which nothing predicts.
+    writer.add(np.arange(40, dtype=np.uint32), np.arange(40) == 20)
     writer.finish({"bytes": 0, "dropped": {}})
-    data = Data(packing=packing, overlong="truncate", seq_length=20)
+    data = Data(packing=packing, overlong=overlong, seq_length=20)
     keys = {"seed": 0, "global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1, "position": 0}
-    with pytest.raises(UserError, match=f"data name: empty dataset, no sample .*data.packing = {packing}, data.overlong = truncate"):
+    with pytest.raises(UserError, match=f"data name: empty dataset, no sample .*data.packing = {packing}, data.overlong = {overlong}"):
         Loader([TokenisedDataset("name", Shards(tmp_path))], data, **keys)
 
 
