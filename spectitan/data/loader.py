@@ -1,5 +1,6 @@
 """Micro-batches of this rank, without end, from any position of the global order; the whole state is that position."""
 
+import gc
 import logging
 import os
 import signal
@@ -128,6 +129,8 @@ class Loader:
                 worker_init_fn=partial(_leave_signals_to, os.getpid()),
                 pin_memory=torch.cuda.is_available(),
             )
+        if data.loader_workers:
+            gc.collect()  # a forked worker that collected this process's garbage would wait for threads that it does not have
         self._batches = iter(batches)
 
     def __iter__(self) -> "Loader":

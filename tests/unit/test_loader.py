@@ -1,7 +1,9 @@
 """Batches: every token once an epoch, one global order on any number of ranks and workers, resumed from any sample at once."""
 
+import gc
 import json
 import multiprocessing
+import os
 import subprocess
 import time
 from collections import Counter
@@ -310,6 +312,27 @@ def test_workers_leave_signals_to_the_trainer(folder):
     process = start(survive_signals, folder)
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_inherit_no_garbage(folder):
+    """A process group in it, whose threads are not forked, would never end."""
+    finalised = []
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            finalised.append(os.getpid())
+
+    gc.disable()
+    try:
+        Cycle()
+        loader = load(make_data(folder, loader_workers=1))
+    finally:
+        gc.enable()
+    assert finalised == [os.getpid()] and next(loader).index.tolist() == [0]
 
 
 def test_fingerprints_say_which_text_has_changed(tmp_path):
