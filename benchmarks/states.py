@@ -152,6 +152,7 @@ def forget(folder: Path) -> None:
 
 def acceptance(folder: Path, arguments: argparse.Namespace) -> dict:
     changes = {"training__num_steps": arguments.acceptance_steps, "lr_scheduler__warmup_steps": 40, "export__format": "none"}
+    changes |= {"eval__speed_prompts": 1}
     rows = {}
     for dtype in ("bfloat16", "int8"):
         cache = {"states__hidden_states_path": folder / f"accepted_{dtype}", "states__dtype": dtype}

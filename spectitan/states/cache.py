@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 FINAL = -1  # among layer ids: the final state, after the final norm
 FORMAT = 1  # of the folder
 _META = "meta.json"
+_MAPPED = 200  # shards at once: each keeps a descriptor, of which a process has about 1,000
 
 
 class Place(NamedTuple):
@@ -58,6 +60,8 @@ class StatesCache:
         self._shards: dict[Path, Shard] = {}
         self._places: dict[tuple[int, int], Place] = {}
         self._texts: dict[str, int] = {}
+        self._mapped: dict[Shard, None] = {}  # the last used last
+        self._lock = threading.Lock()
         self.refresh()
 
     def __len__(self) -> int:
@@ -78,7 +82,7 @@ class StatesCache:
         for index in sorted(self.folder.glob("*.index")):
             shard = self._shards.get(index)
             if shard is None:
-                if not index.stat().st_size:  # its first line is still to come
+                if not Shard.has_begun(index):
                     continue
                 shard = self._shards[index] = Shard(index, self.token_bytes)
             if shard.is_whole:
@@ -111,7 +115,17 @@ class StatesCache:
                 f"{place.shard.states}: sample {place.record['sample']} has other token ids here than in the dataset; allowed: the data "
                 "that it was filled from, or another states.hidden_states_path"
             )
+        self._limit_maps(place.shard)
         copy_bytes(place.shard.read(place.record), len(self.columns), taken, row, into)
+
+    def _limit_maps(self, shard: Shard) -> None:
+        """Of many shards only the last ones used stay mapped."""
+        with self._lock:
+            self._mapped[shard] = self._mapped.pop(shard, None)
+            if len(self._mapped) > _MAPPED:
+                oldest = next(iter(self._mapped))
+                del self._mapped[oldest]
+                oldest.forget()
 
     def new_writer(self, datasets: Sequence[PackedDataset | None]) -> "CacheWriter":
         """Adds samples of these datasets, in shards of its own. A cache that is not there yet is made.

@@ -32,7 +32,7 @@ RECORD = np.dtype(
         ("self", "<u4"),  # crc32 of the fields before
     ]
 )
-SHARD_BYTES = 2**30  # a new shard is begun after so many
+SHARD_BYTES = 2**32  # a new shard is begun after so many
 _HEADER_BYTES = 2**24  # at most
 
 
@@ -73,8 +73,9 @@ class ShardWriter:
             _write(self._index, memoryview(record.tobytes()))
         except OSError:
             self._size = start
-            self._states.truncate(start)
-            self._index.truncate(self._index_start + self._records * RECORD.itemsize)
+            for file, size in ((self._states, start), (self._index, self._index_start + self._records * RECORD.itemsize)):
+                file.truncate(size)
+                file.seek(size)
             raise
         self._records += 1
         if self._size >= self._shard_bytes:
@@ -83,14 +84,27 @@ class ShardWriter:
     def _begin(self) -> None:
         path = self._folder / f"{self._name}-{self._number:05d}"
         header = json.dumps({"texts": self._texts}).encode() + b"\n"
+        self._number, self._index_start, self._size, self._records = self._number + 1, len(header), 0, 0
         self._states = path.with_suffix(".states").open("xb", buffering=0)
         self._index = path.with_suffix(".index").open("xb", buffering=0)
-        _write(self._index, memoryview(header))
-        self._number, self._index_start, self._size, self._records = self._number + 1, len(header), 0, 0
+        try:
+            _write(self._index, memoryview(header))
+        except OSError:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        for file in (self._states, self._index):
+            file.close()
+            Path(file.name).unlink()
+        self._states = self._index = None
 
     def finish(self) -> None:
         """The shard is whole: it reaches the disk, and says so."""
         if self._states is None:
+            return
+        if not self._records:
+            self._discard()
             return
         states, index, self._states, self._index = self._states, self._index, None, None
         for file in (states, index):
@@ -111,7 +125,7 @@ class Shard:
     """Reads a shard, whole or still growing.
 
     Args:
-        index: its .index file.
+        index: its .index file, whose first line is there.
         token_bytes: of the states of a token.
 
     Attributes:
@@ -129,6 +143,12 @@ class Shard:
         except (ValueError, KeyError, TypeError):
             raise DamagedCache(index, "its first line is not what was written") from None
         self._position, self._records = len(line), 0
+
+    @staticmethod
+    def has_begun(index: Path) -> bool:
+        """Whether the first line is there."""
+        with index.open("rb") as file:
+            return file.readline(_HEADER_BYTES).endswith(b"\n") or index.with_suffix(".json").exists()
 
     def follow(self) -> np.ndarray:
         """RECORD [n], those that have come since the last call."""
@@ -163,12 +183,17 @@ class Shard:
         """uint8, the sample's states, a view of the map, once their checksum is right."""
         start = int(record["offset"])
         end = start + int(record["tokens"]) * self._token_bytes
-        if self._map is None or len(self._map) < end:
+        mapped = self._map  # another thread may forget it
+        if mapped is None or len(mapped) < end:
             with self.states.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._map) < end:
-            raise DamagedCache(self.states, f"{len(self._map):,} bytes, but the index says {end:,}")
-        raw = np.frombuffer(self._map, np.uint8, end - start, start)
+                mapped = self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) < end:
+            raise DamagedCache(self.states, f"{len(mapped):,} bytes, but the index says {end:,}")
+        raw = np.frombuffer(mapped, np.uint8, end - start, start)
         if zlib.crc32(raw) != record["states"]:
             raise DamagedCache(self.states, f"the states of sample {record['sample']} (byte {start:,}) are not as they were written")
         return raw
+
+    def forget(self) -> None:
+        """Lets go of the map, and of the descriptor that it keeps."""
+        self._map = None

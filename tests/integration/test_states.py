@@ -1,6 +1,7 @@
 """Hidden states from the base, from a cache, or both: the same training, whatever they come from; caches that do not fit are refused."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -47,8 +48,7 @@ def assert_same(left: Path, right: Path, step: int = STEPS) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, dtype", [*((family, "float32") for family in FAMILIES), ("mlp", "bfloat16"), ("eagle3", "bfloat16")])
 def test_online_hybrid_and_offline_train_alike(world, tmp_path, family, dtype):
     """Bit for bit, in the dtype that is computed in; offline holds no layer of the base."""
     keys = RUN | FAMILIES[family] | {"training__compute_dtype": dtype, "states__dtype": dtype}
@@ -72,7 +72,12 @@ def filled(world, tmp_path_factory) -> Path:
     return states
 
 
-EAGLE3 = RUN | {"training__global_batch_size": 4} | FAMILIES["eagle3"] | {"states__dtype": "float32", "training__num_steps": -1, "training__epochs": 1, "eval__prompts": "none"}
+EAGLE3 = (
+    RUN
+    | {"training__global_batch_size": 4}
+    | FAMILIES["eagle3"]
+    | {"states__dtype": "float32", "training__num_steps": -1, "training__epochs": 1, "eval__prompts": "none"}
+)
 
 
 def test_a_cache_filled_ahead_is_what_training_reads(world, filled, tmp_path, monkeypatch, capsys):
@@ -113,6 +118,78 @@ def test_states_that_are_not_kept(world, tmp_path):
     assert train.main(world.flags(tmp_path / "run", **keys)) == 0
     assert counts(tmp_path / "run")["kept"] == 0 and losses(tmp_path / "run") == losses(tmp_path / "online")
     assert not list((tmp_path / "run" / "hidden_states").glob("*.states"))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.01), ("float16", 0.001), ("int8", 0.02)])
+def test_rounded_states_train_nearly_alike(world, filled, tmp_path, dtype, tolerance):
+    """Losses of ten steps differ, by no more than the rounding explains."""
+    keys = EAGLE3 | {"training__num_steps": 10, "training__epochs": -1, "states__dtype": dtype}
+    exact = {"states__source": "offline", "states__hidden_states_path": filled}
+    assert train.main(world.flags(tmp_path / "exact", **keys, **exact)) == 0
+    assert prepare.main(world.flags(tmp_path / "run", **keys, prepare__states="true")) == 0
+    assert train.main(world.flags(tmp_path / "run", **keys, states__source="offline")) == 0
+    ours, theirs = (torch.tensor([loss for loss, *_ in losses(tmp_path / name)]) for name in ("run", "exact"))
+    assert 0 < ((ours - theirs).abs() / theirs).max() < tolerance
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.states")) for folder in (tmp_path / "run" / "hidden_states", filled)]
+    samples = [len(read_records(folder)) for folder in (tmp_path / "run" / "hidden_states", filled)]
+    numbers = {"bfloat16": 2, "float16": 2, "int8": 1 + 4 / tiny.CONFIG.hidden_size}[dtype] / 4
+    assert sizes[0] / samples[0] == pytest.approx(numbers * sizes[1] / samples[1], rel=0.01)
+
+
+def read_records(states: Path) -> np.ndarray:
+    contents = [path.read_bytes().partition(b"\n")[2] for path in states.glob("*.index")]
+    return np.frombuffer(b"".join(contents), cache_files.RECORD)
+
+
+def test_the_second_stage_after_a_cached_first(world, filled, tmp_path):
+    """Stage 1 reads the cache, stage 2 has the base write its text and compute its states, as without a cache."""
+    keys = EAGLE3 | {"training__num_steps": 6, "training__epochs": -1, "stage2__start_step": 4, "stage2__prompt_length": 5}
+    keys |= {"stage2__seq_length": 7}
+    assert train.main(world.flags(tmp_path / "online", **keys)) == 0
+    hybrid = {"states__source": "hybrid", "states__hidden_states_path": filled}
+    assert train.main(world.flags(tmp_path / "hybrid", **keys, **hybrid)) == 0
+    assert_same(tmp_path / "hybrid", tmp_path / "online", 6)
+    assert counts(tmp_path / "hybrid") == {"cached": 16, "generated": 0, "kept": 0, "skipped": 0}
+
+
+def test_noise_is_the_same_wherever_states_come_from(world, filled, tmp_path):
+    """And moves what is trained, not what is held out."""
+    keys = EAGLE3 | {"training__num_steps": 4, "training__epochs": -1, "eval__interval": 1, "optimizer__lr": 1e-12}
+    offline = {"states__source": "offline", "states__hidden_states_path": filled}
+    for name, changes in {"plain": {}, "online": {"states__noise_std": 0.3}, "offline": offline | {"states__noise_std": 0.3}}.items():
+        assert train.main(world.flags(tmp_path / name, **keys | changes)) == 0
+    assert losses(tmp_path / "online") == losses(tmp_path / "offline") != losses(tmp_path / "plain")
+    online, plain = (json.loads((tmp_path / name / "evaluations.jsonl").read_text().splitlines()[0]) for name in ("online", "plain"))
+    assert online["heldout_loss/head_0"] == pytest.approx(plain["heldout_loss/head_0"], rel=1e-6)
+
+
+def test_an_offline_run_is_measured_and_exported_with_its_base(world, filled, tmp_path):
+    """Which is read for it; on the way as well as at the end."""
+    keys = {name: value for name, value in EAGLE3.items() if name not in ("eval__prompts", "eval__at_end", "export__format")}
+    keys |= {"training__num_steps": 4, "training__epochs": -1, "eval__interval": 2}
+    offline = {"states__source": "offline", "states__hidden_states_path": filled}
+    for name, changes in {"online": {}, "offline": offline}.items():
+        assert train.main(world.flags(tmp_path / name, **keys | changes)) == 0
+    ours, theirs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("offline", "online"))
+    assert ours["acceptance_length"] == theirs["acceptance_length"] and ours["heldout_loss"] == theirs["heldout_loss"]
+    assert (tmp_path / "offline" / "evaluations.jsonl").read_text() == (tmp_path / "online" / "evaluations.jsonl").read_text()
+    assert (tmp_path / "offline" / "export" / "model.safetensors").read_bytes() == (
+        (tmp_path / "online" / "export" / "model.safetensors").read_bytes()
+    )
+
+
+def test_a_stopped_hybrid_run_goes_on(world, filled, tmp_path):
+    """As if it had not been stopped; what it had cached is read, or made again."""
+    keys = EAGLE3 | {"training__num_steps": 8, "training__epochs": -1, "states__source": "hybrid", "checkpoint__interval": 3}
+    assert train.main(world.flags(tmp_path / "whole", **keys)) == 0
+    flags = world.flags(tmp_path / "run", **keys)
+    killed = processes.start("train", flags, tmp_path / "output", before=partial(processes.kill_at, "spectitan.train", "step_if_finite", 5))
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    assert train.main(flags) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole", 8)
+    after = tiny.reports(tmp_path / "run")[3:]
+    assert after[0]["state_counts"]["cached"] == 4 and after[-1]["state_counts"]["generated"] == 4
 
 
 # ---- accidents ----

@@ -15,7 +15,7 @@ from spectitan.errors import UserError
 from spectitan.models import registry, weights
 from spectitan.models.hf_config import read_config
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
-from spectitan.models.registry import get_model, register_model
+from spectitan.models.registry import fill_model, get_model, register_model
 from spectitan.models.weights import fingerprint, load_hf, resolve_base_path, save_hf
 from tests.unit.model_fixtures import FAMILIES, oracle, random_tokens, relative_error, save_oracle
 
@@ -443,3 +443,22 @@ def test_registered_sizes_are_configs_that_can_be_written(tmp_path):
     save_hf(model, tmp_path / "tiny", torch.float32)
     assert read_config(tmp_path / "tiny") == tiny
     assert oracle("llama2").config.model_type == tiny.model_type
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3.2", "mixtral", "gpt_bigcode"])
+def test_the_readout_alone_is_read(tmp_path, family):
+    """Without its layers a base has its two ends, and no more, also where the files of the layers are not there."""
+    save_oracle(family, tmp_path)
+    whole = get_model("auto", "auto", tmp_path)
+    ends = {name: tensor for name, tensor in whole.named_parameters() if name.startswith("readout.")}
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers." not in name and ".h." not in name}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors")
+    alone = get_model("auto", "auto", tmp_path, device="meta")
+    alone.drop_layers()
+    alone.to_empty(device="cpu")
+    fill_model(alone, tmp_path)
+    found = dict(alone.named_parameters())
+    assert found.keys() - ends.keys() == {name for name in found if "position" in name}
+    assert all(torch.equal(found[name], tensor) for name, tensor in ends.items())
