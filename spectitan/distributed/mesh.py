@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from spectitan.distributed.rendezvous import fresh_store
 from spectitan.errors import UserError
 
-# One rank may tokenise or download for long while the others wait for it.
-_TIMEOUT = datetime.timedelta(hours=2)
+# One rank may tokenise or download for long while the others wait for it; who waits for one that hangs is ended by the watchdog.
+_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def init_distributed(
         launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         _degrees(sharding_strategy, int(os.environ["WORLD_SIZE"]) if launched else 1, tp_size, dp_replicate)  # refuse before anyone waits
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=_TIMEOUT, **alone)
+        store, rank, world_size = fresh_store() if launched else (dist.HashStore(), 0, 1)
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world_size)
     dims = _degrees(sharding_strategy, dist.get_world_size(), tp_size, dp_replicate)
     mesh = dims.build_mesh(chosen.type)
     data_dims = tuple(name for name in mesh.mesh_dim_names if name != "tp")
