@@ -356,7 +356,8 @@ class Trainer:
         denominators = to_device(denominators, self.device)
         for i, (batch, target) in enumerate(zip(batches, targets)):
             set_gradient_sync([self.speculator], enabled=i == len(batches) - 1)
-            set_all_reduce(self.base, enabled=i == len(batches) - 1)
+            set_all_reduce(self.base, self.base.readout, enabled=i == len(batches) - 1)
+            heartbeat.beat()
             batch, target = batch.to(self.device), target.to(self.device)
             states = self.source.states(batch)
             loss = self.objective(batch, states, target, denominators, self.base.readout)

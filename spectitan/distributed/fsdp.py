@@ -239,7 +239,11 @@ def set_gradient_sync(modules: Iterable[nn.Module], enabled: bool) -> None:
             module.set_requires_gradient_sync(enabled)
 
 
-def set_all_reduce(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward sums gradients over the copies of what is sharded (HSDP): needed once an optimizer step."""
+def set_all_reduce(module: nn.Module, readout: nn.Module, enabled: bool) -> None:
+    """Whether the next backward sums gradients over the copies of what is sharded (HSDP): needed once an optimizer step.
+
+    The readout, used at both ends of the step, is reduced in two parts, which FSDP would add up as one: it sums every time.
+    """
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(enabled)
+        readout.set_requires_all_reduce(True)
