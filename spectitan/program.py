@@ -20,8 +20,8 @@ def run(program: str, body: Callable[[Config, StopSignal], int | None], argv: li
     """Loads the configuration, calls `body` with it, and returns the exit status.
 
     0 or what `body` returns; 2 for a mistake of the user's or of the system's (UserError, OSError), printed as one line on stderr,
-    with its traceback under job.traceback or SPECTITAN_TRACEBACK=1; 128 + n after signal n. Other exceptions are defects of ours
-    and keep their traceback.
+    with its traceback under job.traceback or SPECTITAN_TRACEBACK=1; 128 + n after signal n, but 0 after SIGTERM for one of several
+    processes. Other exceptions are defects of ours and keep their traceback.
 
     Args:
         program: train, evaluate, export, generate or prepare.
@@ -48,10 +48,18 @@ def run(program: str, body: Callable[[Config, StopSignal], int | None], argv: li
             message = f"{files}: {error.strerror}" if files and error.strerror else str(error)
             return _report(program, message, show_traceback)
         except (StopRequested, KeyboardInterrupt) as error:
-            number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-            if _rank() == 0:
-                print(f"spectitan.{program}: stopped by {number.name}", file=sys.stderr, flush=True)
-            return 128 + number
+            return _stopped(program, signal.Signals(error.args[0] if error.args else signal.SIGINT))
+        except Exception:
+            if stop.requested is None:
+                raise
+            return _stopped(program, signal.Signals(stop.requested))  # others that were told have ended first, and this one waited for them
+
+
+def _stopped(program: str, number: signal.Signals) -> int:
+    if _rank() == 0:
+        print(f"spectitan.{program}: stopped by {number.name}", file=sys.stderr, flush=True)
+    # torchrun and job managers take any other status of a worker for a failure, and would start all anew.
+    return 0 if number == signal.SIGTERM and "RANK" in os.environ else 128 + number
 
 
 def _rank() -> int:

@@ -50,6 +50,9 @@ class StopSignal:
         self._deferring = True
         try:
             yield
+        except BaseException:
+            self.requested = None  # the work in hand was not finished: who asked for the end is not to hear that it was
+            raise
         finally:
             self._deferring = False
         if self.requested is not None:

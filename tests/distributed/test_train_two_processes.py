@@ -115,7 +115,7 @@ def test_a_stop_of_two_and_the_rest_on_one(world, whole, tmp_path, kind):
     started = start_two(world.flags(run, **flags), tmp_path / "output", before=partial(processes.slow_steps, 0.3))
     processes.wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 1, started[0])
     os.kill(started[1].pid, signal.SIGTERM)  # one is told, both end
-    assert join(started) == [128 + signal.SIGTERM] * 2
+    assert join(started) == [0, 0]
     (saved,) = (run / "checkpoints").iterdir()
     assert 1 <= int(saved.name[-8:]) < STEPS
     assert train.main(world.flags(run, **RUN | KINDS[kind] | {"training__micro_batch_size": 2})) == 0
