@@ -5,6 +5,7 @@ import logging
 import re
 from pathlib import Path
 
+from spectitan import heartbeat
 from spectitan.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def _snapshot(kind: str, name: str, patterns: tuple[str, ...], problem: str) -> 
     except ImportError:
         raise UserError(f'{given} needs the package huggingface_hub: pip install "spectitan[hub]", or give a path') from None
     try:
-        folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns), ignore_patterns=_CARDS))
+        with heartbeat.covered():
+            folder = Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns), ignore_patterns=_CARDS))
     except GatedRepoError:
         raise UserError(f"{given} is open to those only who asked for access and logged in (hf auth login); or give a path") from None
     except RepositoryNotFoundError:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spectitan import program
+from spectitan import heartbeat, program
 from spectitan.config.manager import Config
 from spectitan.data.loader import SAMPLE_BITS, build_loader, sample_place
 from spectitan.data.prompts import load_prompts
@@ -30,6 +30,7 @@ from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype, resolve_compute_dtype, set_all_reduce, set_gradient_sync
 from spectitan.distributed.mesh import Distributed, init_distributed
 from spectitan.distributed.tensor_parallel import apply_tp, check_tensor_parallel
+from spectitan.distributed.watchdog import Watchdog
 from spectitan.errors import UserError
 from spectitan.evaluation import checkpoint_acceptance
 from spectitan.exporting import export_run
@@ -71,8 +72,8 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One training run. Builds everything in the order of cost, so that mistakes show before expensive work."""
 
-    def __init__(self, config: Config, world: Distributed, run_folder: RunFolder):
-        self.config, self.world, self.device = config, world, world.device
+    def __init__(self, config: Config, world: Distributed, run_folder: RunFolder, watchdog: Watchdog):
+        self.config, self.world, self.device, self.watchdog = config, world, world.device, watchdog
         self.folder = run_folder.path
         self.compute_dtype = resolve_compute_dtype(config.training.compute_dtype, self.device)
 
@@ -119,7 +120,7 @@ class Trainer:
         self.identity = self._identity(base_config, base_weights)
         if self.checkpoint:
             check_identity(saved["identity"], self.identity)
-        self.step = saved["step"]
+        self.step = self.first_step = saved["step"]
 
         # What costs: tokenising, then the model. The folder of an earlier run is touched when all that has gone well.
         self.loader = build_loader(
@@ -313,6 +314,8 @@ class Trainer:
     def _train_until(self, last_step: int, stop: StopSignal) -> None:
         saved_at = self.step
         while self.step < last_step:
+            # The first step compiles, and so does the first of the second stage.
+            self.watchdog.step(self.step + 1, timed=self.step not in (self.first_step, self.config.stage2.start_step))
             waited = time.perf_counter()
             samples = [next(self.batches) for _ in range(self.accumulation)]
             self.reporter.seconds_waiting += time.perf_counter() - waited
@@ -324,6 +327,7 @@ class Trainer:
                 break
             self._train_step(batches, targets, denominators)
             self.step += 1
+            self.watchdog.phase("reporting")
             self.metrics.advance(self.step)
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
                 self.reporter.report(self.step, self.learning_rates, self.grad_norms)
@@ -418,6 +422,7 @@ class Trainer:
         """`job.init_only`: the run's first checkpoint, of step 0, and its export."""
         if self.checkpoint is None:
             self._save()
+        self.watchdog.phase("evaluating")
         utils.on_main(lambda: export_run(self._config_of_last_checkpoint()))
 
     def _config_of_last_checkpoint(self) -> Config:
@@ -437,19 +442,21 @@ def train(config: Config, stop: StopSignal) -> None:
     torch.use_deterministic_algorithms(config.job.deterministic)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # of tp; nothing works on it in place
     parallelism = config.parallelism
+        self.watchdog.phase("evaluating and exporting", processor_counts=True)
     world = init_distributed(
         parallelism.sharding_strategy, tp_size=parallelism.tp_size,
         dp_replicate=parallelism.dp_replicate, shard_speculator=parallelism.shard_speculator,
     )  # fmt: skip
     try:
         with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
-            trainer = Trainer(config, world, run_folder)
-            with contextlib.closing(trainer.metrics), contextlib.closing(trainer):
-                if config.job.init_only:
-                    trainer.export_untrained()
-                    return
-                trainer.train(stop)
-            trainer.finish()
+            with Watchdog(config.job.timeout, "spectitan.train") as watchdog:
+                trainer = Trainer(config, world, run_folder, watchdog)
+                with contextlib.closing(trainer.metrics), contextlib.closing(trainer):
+                    if config.job.init_only:
+                        trainer.export_untrained()
+                        return
+                    trainer.train(stop)
+                trainer.finish()
     finally:
         world.close()
 

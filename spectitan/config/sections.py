@@ -25,6 +25,12 @@ class Job:
     deterministic: bool = key(False, "use deterministic kernels only: the same run gives the same bits")
     threads: int = key(-1, "CPU threads of this process; -1 leaves PyTorch's choice", minimum=-1)
     init_only: bool = key(False, "build the speculator, initialise and export it, and stop before training")
+    timeout: float = key(
+        120.0,
+        "seconds after which a rank that hangs ends the job: in an optimizer step, but for the first, from the step's start; elsewhere "
+        "(preparing, saving, evaluating) from the last sign of life of any rank; 0: never",
+        minimum=0,
+    )
     traceback: bool = key(False, "show the traceback of a user's mistake as well")
 
 

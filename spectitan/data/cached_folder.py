@@ -4,12 +4,17 @@ import fcntl
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
+
+from spectitan import heartbeat
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_TRIES = 0.1
 
 Opened = TypeVar("Opened")
 
@@ -78,9 +83,16 @@ def _remove_leftovers(lock: Path) -> None:
 def _is_free(lock: Path) -> bool:
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _try_lock(file)
         except OSError:
             return False
+
+
+def _try_lock(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
 
 
@@ -94,10 +106,11 @@ def _locked(path: Path, task: str) -> Iterator[bool]:
     with path.open("w") as file:
         held = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: waiting for another process that does it", task)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _try_lock(file):
+                logger.info("%s: waiting for another process that does it", task)
+                while not _try_lock(file):
+                    heartbeat.beat()  # the other one may take long
+                    time.sleep(_SECONDS_BETWEEN_TRIES)
         except OSError as error:
             logger.warning("%s: this file system has no locks (%s)", path, error.strerror)
             held = False

@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 
+from spectitan import heartbeat
+
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 0.2
@@ -31,6 +33,7 @@ class Progress:
     def update(self, done: int) -> None:
         """`done` of the total, not an increment."""
         self._done = done
+        heartbeat.beat()
         now = time.monotonic()
         if self._terminal and now - self._shown >= _SECONDS_BETWEEN_LINES:
             self._shown = now

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from spectitan import heartbeat
 from spectitan.data.documents import Dataset
 from spectitan.data.progress import Progress
 
@@ -46,6 +47,7 @@ class SourceHash:
             with path.open("rb", buffering=0) as stream:
                 while block := stream.read(_BLOCK_BYTES):
                     self._digest.update(block)
+                    heartbeat.beat()
                     self._read += len(block)
                     yield self._read
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from spectitan import heartbeat
 from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 
@@ -77,6 +78,7 @@ class Generation:
 
     def append(self, new_tokens: list[list[int]]) -> bool:
         """Adds each live row's new tokens up to its end. True if a row ended here, so that `live` has changed."""
+        heartbeat.beat()
         ended = False
         for row, new in enumerate(new_tokens):
             if not self.live[row]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from spectitan import heartbeat
 from spectitan.models.readout import Readout
 from spectitan.speculators.base import Speculator
 from spectitan.types import StateSource, TokenBatch, add_conditional
@@ -20,6 +21,7 @@ def heldout_sums(speculator: Speculator, source: StateSource, batches: Iterable[
     sums = torch.zeros(speculator.steps, len(speculator.metrics), dtype=torch.float64)
     counts = torch.zeros(speculator.steps, 1, dtype=torch.float64)
     for batch in batches:
+        heartbeat.beat()
         batch = source.begin(batch)
         targets = speculator.align(batch)
         batch, targets = batch.to(device), targets.to(device)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spectitan import hub
+from spectitan import heartbeat, hub
 from spectitan.errors import UserError
 from spectitan.files import replace_folder
 from spectitan.models.decoder import Decoder, DecoderConfig
@@ -81,6 +81,7 @@ def load_hf(model: Decoder, path: str | Path) -> None:
         for stored, stored_place, part in layout.parts(name, local, place):
             with open_tensors(files[stored]) as tensors:  # anew for each tensor: what is mapped counts as this process's memory
                 part.copy_(tensors.get_slice(stored)[stored_place])
+            heartbeat.beat()
 
 
 def save_hf(
@@ -162,6 +163,7 @@ def _stored_pieces(folder: Path, config: DecoderConfig) -> Iterator[tuple[str, T
         with open_tensors(file) as tensors:
             for name in files:
                 if files[name] == file:
+                    heartbeat.beat()
                     yield name, _middle(tensors.get_tensor(name))
 
 
@@ -191,6 +193,7 @@ def _write_tensors(model: Decoder, folder: Path | None, dtype: torch.dtype, max_
     for file, shard in zip(files, shards):
         tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in itertools.islice(stored, len(shard))}
         assert list(tensors) == shard
+        heartbeat.beat()
         if folder is not None:
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if folder is not None and len(shards) > 1:

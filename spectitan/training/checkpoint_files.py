@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from spectitan import heartbeat
 from spectitan.errors import UserError
 from spectitan.files import sync
 
@@ -51,6 +52,7 @@ def describe(path: Path) -> dict:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
             size += len(block)
+            heartbeat.beat()
     return {"bytes": size, "blake2b": digest.hexdigest()}
 
 

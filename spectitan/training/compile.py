@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from spectitan import heartbeat
 from spectitan.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,19 @@ def apply_compile(enabled: str, device: torch.device, blocks: Sequence[nn.Module
             raise UserError("compile.enabled = true needs a C++ compiler: g++ or clang++ in PATH, or CXX; or set auto or false")
         logger.info("compile.enabled = auto: no C++ compiler found, running eagerly")
         return False
+    _compiling_is_a_sign_of_life()
     for block in blocks:
         block.compile()
     logger.info("base: %d blocks compiled", len(blocks))
     return True
+
+
+def _compiling_is_a_sign_of_life() -> None:
+    from torch._dynamo.callback import callback_handler  # slow to import where nothing is compiled
+
+    if heartbeat.begin_covered not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(heartbeat.begin_covered)
+        callback_handler.register_end_callback(heartbeat.end_covered)
 
 
 def _cpp_compiler() -> str | None:

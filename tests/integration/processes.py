@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,15 @@ def start(program: str, flags: list[str], output: Path, environment: dict[str, s
     process = _context.Process(target=_main, args=(program, flags, str(output), environment or {}, before))
     process.start()
     return process
+
+
+def start_ranks(world_size: int, flags: list[str], output: Path, before=None) -> list[multiprocessing.Process]:
+    """Starts the trainer in processes of one job, as torchrun would; rank R prints to the end of <output>R."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world_size)}
+    ranks = [address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return [start("train", flags, Path(f"{output}{rank['RANK']}"), rank, before) for rank in ranks]
 
 
 def call_in_each(world_size: int, function, *args) -> list[multiprocessing.Process]:
@@ -67,8 +77,18 @@ def wait_for(condition, process, seconds: float = 100) -> None:
 # ---- accidents ----
 
 
-def kill_at(module: str, function: str, call: int, after: bool = False) -> None:
-    """The process will be killed (kill -9) when it calls a function of a module for the nth time, or when that call returns."""
+def kill_at(
+    module: str, function: str, call: int, after: bool = False, *, rank: int | None = None, number: int = signal.SIGKILL, seconds: float = 0
+) -> None:
+    """The process will be killed (kill -9) when it calls a function of a module for the nth time, or when that call returns.
+
+    Args:
+        rank: only this one; None: every process.
+        number: another signal that it gets.
+        seconds: for which it sleeps before.
+    """
+    if rank not in (None, int(os.environ.get("RANK", 0))):
+        return
     owner, _, name = function.rpartition(".")
     holder = importlib.import_module(module)
     holder = getattr(holder, owner) if owner else holder
@@ -76,11 +96,13 @@ def kill_at(module: str, function: str, call: int, after: bool = False) -> None:
 
     def accident(*args, **kwargs):
         calls.append(1)
-        if len(calls) == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(seconds)
+        if len(calls) == call and not after:
+            os.kill(os.getpid(), number)
+        result = original(*args, **kwargs)
+        if len(calls) == call and after:
+            os.kill(os.getpid(), number)
         return result
 
     setattr(holder, name, accident)
@@ -125,6 +147,20 @@ def slow_loading() -> None:
     from spectitan.training.restricted_metadata import RestrictedReader
 
     RestrictedReader.read_data = _long_work
+
+
+def hang_at_step(step: int, rank: int) -> None:
+    """The main thread of a rank sleeps in an optimizer step; its other threads go on."""
+    from spectitan import train
+
+    original = train.Trainer._train_step
+
+    def train_step(self, *args):
+        if self.step + 1 == step and self.world.rank == rank:
+            time.sleep(1000)
+        return original(self, *args)
+
+    train.Trainer._train_step = train_step
 
 
 def _long_work(*args) -> None:

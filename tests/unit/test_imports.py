@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "spectitan").rglob("*.py"))
 
 PROGRAMS = {"train", "evaluate", "export", "generate", "prepare"}
-LEAVES = {"types", "errors", "files", "hub", "keyed_random", "signals", "config.sections", "config.loss_mixture"}
+LEAVES = {"types", "errors", "files", "heartbeat", "hub", "keyed_random", "signals", "config.sections", "config.loss_mixture"}
 # Part -> the parts that it may import besides the leaves and itself. A part is a file or a folder of spectitan/.
 MAY_IMPORT = {
     "config": set(),
@@ -66,7 +66,7 @@ def forbidden(module: str, source: str) -> set[str]:
     parts &= OURS  # `from spectitan import __version__` names no part
     part = part_of(module)
     if part in LEAVES:
-        return parts - ({"errors"} if part in ("signals", "hub", "files", "config.loss_mixture") else set())
+        return parts - ({"errors", "heartbeat"} if part in ("signals", "hub", "files", "config.loss_mixture") else set())
     if part in PROGRAMS or not part:  # the programs, and the package's own __init__
         return parts & PROGRAMS - {part}
     return parts - LEAVES - MAY_IMPORT[part] - {part}
