@@ -321,7 +321,7 @@ class Trainer:
             self.reporter.seconds_waiting += time.perf_counter() - waited
             batches = [self.source.begin(sample) for sample in samples]
             targets = [self.objective.align(batch) for batch in batches]
-            denominators, stopping, saving = self._agree(samples, batches, targets, stop)
+            denominators, stopping, saving, written = self._agree(samples, batches, targets, stop)
             if stopping:
                 stop.requested = stop.requested or signal.SIGTERM  # another rank's: all end together
                 break
@@ -329,17 +329,20 @@ class Trainer:
             self.step += 1
             self.watchdog.phase("reporting")
             self.metrics.advance(self.step)
+            if written:
+                self._finish_save()
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
-                self.reporter.report(self.step, self.learning_rates, self.grad_norms)
+                self._report()
             if saving or self.step % self.config.checkpoint.interval == 0:
                 self._save()
                 saved_at = self.step
         if self.step != saved_at:
             self._save()
+        self._finish_save()
 
-    def _agree(self, samples: list, batches: list, targets: list, stop: StopSignal) -> tuple[Tensor, bool, bool]:
+    def _agree(self, samples: list, batches: list, targets: list, stop: StopSignal) -> tuple[Tensor, bool, bool, bool]:
         """One sum over ranks, on the host: the global count of each step's targets, whether anyone was asked to stop or save,
-        and what this step's report says of the data."""
+        whether all have written their part of a checkpoint, and what this step's report says of the data."""
         counts = sum(target.counts for target in targets)
         sample_hash = sum(hash_keys(0, sample.index, sample.sample_ids).sum() for sample in samples)
         datasets = torch.cat([(batch.sample_ids >> SAMPLE_BITS).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
@@ -347,13 +350,15 @@ class Trainer:
         tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
         # Cleared before it is acted on: a signal that arrives in between counts for the next step.
         save_requested, stop.save_requested = stop.save_requested, False
-        flags = torch.tensor([stop.requested is not None, save_requested, sample_hash, tokens])
+        flags = torch.tensor([stop.requested is not None, save_requested, not self.checkpointer.written, sample_hash, tokens])
+        self.watchdog.mark()
         summed = utils.sum_over_ranks(torch.cat([flags, counts, by_dataset]))
-        stopping, saving = bool(summed[0]), bool(summed[1])
-        counts, by_dataset = summed[4 : 4 + len(counts)], summed[4 + len(counts) :]
+        self.watchdog.mark()
+        (stopping, saving, writing, sample_hash, tokens), summed = summed[:5].tolist(), summed[5:]
+        counts, by_dataset = summed[: len(counts)], summed[len(counts) :]
         if not stopping:
-            self.reporter.sums.add_samples(counts, by_dataset, tokens=int(summed[3]), sample_hash=int(summed[2]))
-        return counts, stopping, saving
+            self.reporter.sums.add_samples(counts, by_dataset, tokens=tokens, sample_hash=sample_hash)
+        return counts, bool(stopping), bool(saving), not writing
 
     def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -387,15 +392,37 @@ class Trainer:
             of_text = int(of_text * self.states_of_text.base_share())
         return flops + (1 if self.config.base.freeze else 3) * of_text + self.objective.flops(targets_per_step, tokens)
 
+    def _report(self) -> None:
+        try:
+            self.reporter.report(self.step, self.learning_rates, self.grad_norms)
+        except (UserError, OSError):  # of all ranks
+            self._finish_save()
+            raise
+
     def _save(self) -> None:
+        self._finish_save()
+        self.watchdog.phase("saving")
         self.reporter.refuse_bad()
         state = {"position": self.step * self.global_batch_size, "identity": self.identity, "data": self.loader.fingerprints}
         state["report"] = self.reporter.sums.state()
-        self.checkpoint = self.checkpointer.save(self.step, self._tensors(), state)
-        logger.info("saved %s", self.checkpoint)
+        if self.config.checkpoint.async_mode == "async":
+            self.checkpointer.begin(self.step, self._tensors(), state)
+        else:
+            self._saved(self.checkpointer.save(self.step, self._tensors(), state))
+
+    def _finish_save(self) -> None:
+        """Waits for a checkpoint that is being written, if there is one."""
+        if self.checkpointer.under_way:
+            self.watchdog.phase("saving")
+            self._saved(self.checkpointer.finish())
+
+    def _saved(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        logger.info("saved %s", checkpoint)
 
     def evaluate(self) -> None:
         """Held-out loss and accuracy per head, and acceptance by drafting and verifying, of the checkpoint just saved."""
+        self.watchdog.phase("evaluating")
         values = {}
         if self.validation:
             # Every rank runs all of these few samples: sharded parameters are gathered by all ranks together.
@@ -415,6 +442,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluates and exports, unless an earlier start of this run has done so."""
+        self.watchdog.phase("evaluating and exporting", processor_counts=True)
         measurable = bool(self.prompts or self.validation)
         utils.on_main(lambda: finish_run(self._config_of_last_checkpoint(), self.checkpoint, self.step, measurable))
 
@@ -422,7 +450,7 @@ class Trainer:
         """`job.init_only`: the run's first checkpoint, of step 0, and its export."""
         if self.checkpoint is None:
             self._save()
-        self.watchdog.phase("evaluating")
+            self._finish_save()
         utils.on_main(lambda: export_run(self._config_of_last_checkpoint()))
 
     def _config_of_last_checkpoint(self) -> Config:
@@ -442,7 +470,6 @@ def train(config: Config, stop: StopSignal) -> None:
     torch.use_deterministic_algorithms(config.job.deterministic)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # of tp; nothing works on it in place
     parallelism = config.parallelism
-        self.watchdog.phase("evaluating and exporting", processor_counts=True)
     world = init_distributed(
         parallelism.sharding_strategy, tp_size=parallelism.tp_size,
         dp_replicate=parallelism.dp_replicate, shard_speculator=parallelism.shard_speculator,

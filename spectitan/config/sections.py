@@ -274,6 +274,12 @@ class Checkpoint:
         choices=("auto", "never"),
     )
     keep_latest_k: int = key(2, "checkpoints kept; 0: all", minimum=0)
+    async_mode: str = key(
+        "async",
+        "async: training goes on while a checkpoint is written from a copy in host memory (12 bytes a trained parameter, over all "
+        "processes); disabled: it waits",
+        choices=("async", "disabled"),
+    )
 
 
 @dataclass

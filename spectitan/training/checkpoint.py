@@ -14,8 +14,9 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,21 @@ from spectitan.distributed import utils
 from spectitan.errors import UserError
 from spectitan.files import sync
 from spectitan.training.checkpoint_files import describe, find_problem, read_json, step_folders, step_of, write_json
+from spectitan.training.checkpoint_writing import Background, TensorWriter
 from spectitan.training.restricted_metadata import RestrictedReader
 
 logger = logging.getLogger(__name__)
 
 _SAVING, _REPLACED = ".saving-", ".replaced-"  # prefixes of folders in transit
+
+
+class _Pending(NamedTuple):
+    """A checkpoint that has been begun."""
+
+    final: Path
+    state: dict
+    writer: TensorWriter
+    background: Background | None  # what writes this rank's part; None: nothing yet
 
 
 class Checkpointer:
@@ -45,6 +56,8 @@ class Checkpointer:
     def __init__(self, folder: str | os.PathLike, keep_latest_k: int = 0):
         self.folder, self.keep_latest_k = Path(folder), keep_latest_k
         self._verified: set[Path] = set()
+        self._pending: _Pending | None = None
+        self._buffers: dict = {}
         utils.on_main(self._clean_up)
 
     def _clean_up(self) -> None:
@@ -65,19 +78,53 @@ class Checkpointer:
         Raises:
             OSError: one line, on every rank, for instance when the disk is full; earlier checkpoints are as they were.
         """
+        self._begin(step, tensors, state, in_background=False)
+        return self.finish()
+
+    def begin(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
+        """As `save`, but the files are written beside what follows, from a copy of the tensors in host memory: as many bytes as
+        this rank writes, kept until the next time. `finish` must follow, when `written` is true on all ranks or before."""
+        self._begin(step, tensors, state, in_background=True)
+
+    def _begin(self, step: int, tensors: dict[str, Tensor], state: dict, in_background: bool) -> None:
+        assert self._pending is None, "one checkpoint at a time"
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / (_SAVING + final.name)
-        try:
+        with self._failing(final, temporary):
             utils.on_main(lambda: self._make_room(temporary, tensors))
-            utils.together(lambda: _write_tensors(temporary, tensors))
-            own_files = sorted(temporary.glob(f"__{utils.rank()}_*")) + ([temporary / ".metadata"] if utils.rank() == 0 else [])
-            hashes = utils.together(lambda: {path.name: describe(path) for path in own_files})
-            utils.on_main(lambda: self._complete(temporary, final, {"step": step, **state}, hashes))
+            writer = TensorWriter(temporary, tensors)
+        if in_background:
+            writer.copy(self._buffers)
+        self._pending = _Pending(final, {"step": step, **state}, writer, Background(writer.write) if in_background else None)
+
+    @property
+    def under_way(self) -> bool:
+        """A checkpoint has been begun and not finished. The same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def written(self) -> bool:
+        """This rank's part of it is on the disk, or has failed."""
+        return self._pending is None or not self._pending.background.is_alive()
+
+    def finish(self) -> Path | None:
+        """Waits for the checkpoint under way, gives it its name, and returns it; None if there is none. Raises as `save`."""
+        if self._pending is None:
+            return None
+        (final, state, writer, background), self._pending = self._pending, None
+        with self._failing(final, writer.folder):
+            outcomes = utils.together(background.result if background else writer.write)
+            utils.on_main(lambda: self._complete(final, state, writer, *zip(*outcomes)))
+        return final
+
+    @contextlib.contextmanager
+    def _failing(self, final: Path, temporary: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if utils.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(f"{final}: checkpoint not saved, earlier ones are unchanged: {error}") from error
-        return final
 
     def _make_room(self, temporary: Path, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +135,12 @@ class Checkpointer:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
-    def _complete(self, temporary: Path, final: Path, state: dict, hashes: list[dict]) -> None:
+    def _complete(self, final: Path, state: dict, writer: TensorWriter, results: Sequence[list], hashes: Sequence[dict]) -> None:
+        temporary = writer.folder
+        writer.finish(list(results))
         write_json(temporary / "state.json", state)
         files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
-        files["state.json"] = describe(temporary / "state.json")
+        files |= {name: describe(temporary / name) for name in (".metadata", "state.json")}
         write_json(temporary / "manifest.json", {"format": 1, "files": files})
         sync(temporary)
         replaced = self.folder / (_REPLACED + final.name)
@@ -224,31 +273,6 @@ def move_aside(path: str | os.PathLike) -> Path | None:
         return target
 
     return utils.on_main(rename)
-
-
-class _Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> None:
-        """Leaves the temporary folder's path out of the metadata: nobody reads it, and a path object is code to a reader."""
-
-    def write_data(self, plan, planner):
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save follows the system's error with one about its own half-written stream
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        with _no_warning_about_one_process():
-            dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
-    except CheckpointException as failure:
-        error = _cause(failure)
-        if isinstance(error, OSError):
-            raise OSError(str(error)) from failure
-        raise
 
 
 def _read_in_place(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:

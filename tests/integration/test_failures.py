@@ -17,7 +17,7 @@ from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.speculators.base import align_targets
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
-from spectitan.training import checkpoint as checkpoint_module
+from spectitan.training import checkpoint, checkpoint_writing
 from spectitan.training.checkpoint import Checkpointer, read_tensors
 from tests.integration import tiny
 from tests.integration.tiny import SHORT
@@ -57,9 +57,9 @@ def test_metadata_that_would_run_code(world, run, refused, tmp_path, program):
 # ---- the disk ----
 
 
-@pytest.mark.parametrize("function", ["write_json", "_write_tensors"])
-def test_a_full_disk_at_a_checkpoint(world, tmp_path, monkeypatch, capsys, function):
-    run, original, calls = tmp_path / "run", getattr(checkpoint_module, function), []
+@pytest.mark.parametrize("module, function", [(checkpoint, "write_json"), (checkpoint_writing, "describe")])
+def test_a_full_disk_at_a_checkpoint(world, tmp_path, monkeypatch, capsys, module, function):
+    run, original, calls = tmp_path / "run", getattr(module, function), []
 
     def full_from_step_4(path, *rest):
         calls.append(path)
@@ -67,7 +67,7 @@ def test_a_full_disk_at_a_checkpoint(world, tmp_path, monkeypatch, capsys, funct
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return original(path, *rest)
 
-    monkeypatch.setattr(checkpoint_module, function, full_from_step_4)
+    monkeypatch.setattr(module, function, full_from_step_4)
     assert train.main(world.flags(run, **SHORT)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert calls and "No space left on device" in line and "step-00000004" in line and "earlier ones are unchanged" in line

@@ -45,8 +45,9 @@ def logged(caplog):
 CHECKPOINT = "spectitan.training.checkpoint"
 ACCIDENTS = [
     ("spectitan.train", "step_if_finite", 3),  # before there is any checkpoint
-    (CHECKPOINT, "_write_tensors", 1),
-    (CHECKPOINT, "_write_tensors", 1, True),
+    (CHECKPOINT, "TensorWriter.copy", 1),
+    (CHECKPOINT, "TensorWriter.write", 1),
+    (CHECKPOINT, "TensorWriter.write", 1, True),
     (CHECKPOINT, "write_json", 1),  # of state.json
     (CHECKPOINT, "write_json", 2),  # of manifest.json
     (CHECKPOINT, "sync", 1),  # before it gets its name

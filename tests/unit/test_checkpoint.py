@@ -332,14 +332,16 @@ def test_too_little_space_is_said_before_writing(three, monkeypatch):
     assert numbers(three.folder) == [1, 2, 3]
 
 
-def test_kill_9_while_saving_leaves_the_earlier_checkpoints_valid(tmp_path):
+@pytest.mark.parametrize("way", ["save", "begin"])
+def test_kill_9_while_saving_leaves_the_earlier_checkpoints_valid(tmp_path, way):
     script = f"""
 import torch
 from spectitan.training.checkpoint import Checkpointer
 checkpointer, step = Checkpointer({str(tmp_path)!r}, keep_latest_k=2), 0
 while True:
     step += 1
-    checkpointer.save(step, {{f"t{{i}}": torch.full((50_000,), float(step)) for i in range(20)}}, {{"value": step}})
+    checkpointer.{way}(step, {{f"t{{i}}": torch.full((50_000,), float(step)) for i in range(20)}}, {{"value": step}})
+    checkpointer.finish()
     print(step, flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -412,3 +414,36 @@ def test_state_json_that_is_no_json_is_one_line(three):
     (three.folder / "step-00000003" / "state.json").write_text("{" + json.dumps([1])[:-1])
     with pytest.raises(UserError, match="state.json: not JSON"):
         read_state(three.folder / "step-00000003")
+
+
+# ---- written beside training ----
+
+
+def test_what_is_written_in_the_background_is_what_there_was_at_its_beginning(mesh, tmp_path):
+    run = Run(mesh)
+    run.train(2)
+    Checkpointer(tmp_path / "waited").save(2, run.tensors(), {"position": 5})
+    checkpointer = Checkpointer(tmp_path / "background")
+    for step in (2, 4):
+        before = whole(run.tensors())
+        checkpointer.begin(step, run.tensors(), {"position": 5})
+        run.train(2)
+        assert checkpointer.under_way and not list((tmp_path / "background").glob(f"step-*{step}"))
+        path = checkpointer.finish()
+        assert path.name == f"step-{step:08d}" and not checkpointer.under_way and checkpointer.finish() is None
+        assert_equal(read_tensors(path), before)
+    manifests = [json.loads((tmp_path / way / "step-00000002" / "manifest.json").read_text()) for way in ("waited", "background")]
+    assert manifests[0]["files"]["__0_0.distcp"] == manifests[1]["files"]["__0_0.distcp"]
+    copies = checkpointer._buffers.values()
+    assert sum(copy.nbytes for copy in copies) == sum(tensor.nbytes for tensor in before.values())  # one copy, of all checkpoints
+
+
+def test_a_failure_in_the_background_is_raised_at_the_end_and_the_next_one_is_whole(three, monkeypatch):
+    monkeypatch.setattr("spectitan.training.checkpoint_writing.describe", lambda path: os.stat(path / "nowhere"))
+    three.begin(4, TENSORS, {})
+    with pytest.raises(OSError, match="step-00000004: checkpoint not saved, earlier ones are unchanged: .*Not a directory") as error:
+        three.finish()
+    assert "\n" not in str(error.value) and numbers(three.folder) == [1, 2, 3] and not list(three.folder.glob(".*"))
+    monkeypatch.undo()
+    three.begin(5, TENSORS, {})
+    assert three.finish() == three.newest_valid() == three.folder / "step-00000005"
