@@ -80,11 +80,11 @@ def disturb(job: subprocess.Popen, run: Path, processes: int, kills: int, dice: 
         elif wait_for(lambda: reported(run) not in (0, step), job):
             time.sleep(dice.uniform(0, 2))
         rank = dice.randrange(processes)
-        saving = sorted(path.name for path in run.glob("checkpoints/.saving-*"))
+        saving = next((path.name.removeprefix(".saving-") for path in run.glob("checkpoints/.saving-*")), "")
         if job.poll() is None and set(workers(job)) == set(now):
             os.kill(now[rank], signal.SIGKILL)
             done.append({"rank": rank, "reported_step": reported(run), "saving": saving})
-            print(f"  killed rank {rank}, last report of step {done[-1]['reported_step']}" + f", {saving[0]}" * bool(saving), flush=True)
+            print(f"  killed rank {rank}, last report of step {reported(run)}, {saving or 'no'} save under way", flush=True)
         before = set(now)
     return done
 
@@ -109,7 +109,7 @@ def soak(layout: str, world: tiny.Tiny, steps: int, kills: int, dice: random.Ran
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6, help="of each layout")
-    parser.add_argument("--steps", type=int, default=400, help="of each job")
+    parser.add_argument("--steps", type=int, default=120, help="of each job")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "soak.json"))

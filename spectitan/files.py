@@ -1,12 +1,46 @@
-"""Files and folders that are whole or not there, also after a crash."""
+"""Files and folders that are whole or not there, also after a crash; places on other file systems, by URL."""
 
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from spectitan.errors import UserError
+
+
+def to_path(text: str | os.PathLike) -> Path:
+    """A path; of a URL (s3://bucket/run) an object of universal_pathlib with the same methods, which is no `Path`.
+
+    Raises:
+        UserError: a package for such URLs is missing, or nobody knows them.
+    """
+    if "://" not in str(text) or isinstance(text, Path):
+        return Path(text)
+    try:
+        from upath import UPath
+
+        path = UPath(text)
+        path.exists()
+    except ImportError as error:
+        raise UserError(f'{text}: {error}; URLs need pip install "spectitan[remote]", and a package of fsspec for their kind') from None
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from None
+    return path
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is an object of `to_path` for a URL: nothing can be renamed there at once, or synced to a disk."""
+    return not isinstance(path, Path)
+
+
+def remove_folder(path: Path) -> None:
+    """With all that is in it, as far as it can be removed; nothing happens where there is none."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -13,6 +13,8 @@ from spectitan.states.sources import hidden_states_folder
 def folders_to_write(config: Config) -> dict[str, str]:
     """Key -> folder, of every folder that a run is to write."""
     folders = {"job.dump_folder": config.job.dump_folder}
+    if config.checkpoint.folder and "://" not in config.checkpoint.folder:
+        folders["checkpoint.folder"] = config.checkpoint.folder
     if config.metrics.loggers and config.metrics.dir:
         folders["metrics.dir"] = config.metrics.dir
     if config.states.source == "hybrid" and config.states.on_generate == "cache":

@@ -56,7 +56,7 @@ from spectitan.states.sources import check_complete, hidden_states_folder, open_
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
-from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, read_state
+from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity, run_identity, warn_of_other_text
 from spectitan.training.metrics import MetricsLogger
@@ -97,7 +97,10 @@ class Trainer:
         if config.checkpoint.resume == "never":
             check_can_be_moved(self.folder, paths_to_read(config))
         run_folder.lock()
-        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint.keep_latest_k)
+        checkpoints = checkpoints_folder(config.checkpoint, self.folder)
+        if config.checkpoint.resume == "never" and config.checkpoint.folder:
+            check_is_new(checkpoints)
+        self.checkpointer = Checkpointer(checkpoints, config.checkpoint.keep_latest_k)
         self.checkpoint = self._starting_point()  # the newest of this run
         saved = read_state(self.checkpoint) if self.checkpoint else {"step": 0, "position": 0}
         base_weights = "random" if config.base.init == "random" else fingerprint(self.base_path, base_config)

@@ -12,6 +12,7 @@ from spectitan import hub
 from spectitan.config.manager import Config
 from spectitan.config.sections import Base, Objective
 from spectitan.errors import UserError
+from spectitan.files import to_path
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.safetensors_files import INDEX, SINGLE
@@ -19,7 +20,7 @@ from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import SPECULATORS, build_speculator
 from spectitan.speculators.serving import describe_folder, load_speculator
-from spectitan.training.checkpoint import find_checkpoint, module_tensors, read_state, read_tensors
+from spectitan.training.checkpoint import checkpoints_folder, find_checkpoint, module_tensors, read_state, read_tensors
 
 
 class Trained(NamedTuple):
@@ -48,15 +49,15 @@ def find_trained(config: Config) -> Trained | None:
         path = _folder_named(config.speculator.path)
         if (path / "config.json").is_file():
             return Trained(path, {})
-    elif config.job.config_file and (Path(config.job.dump_folder) / "checkpoints").is_dir():
-        path = Path(config.job.dump_folder)
+    elif config.job.config_file and checkpoints_folder(config.checkpoint, config.job.dump_folder).is_dir():
+        path = checkpoints_folder(config.checkpoint, config.job.dump_folder)
     else:
         return None
     return open_checkpoint(find_checkpoint(path))
 
 
 def _folder_named(path: str) -> Path:
-    folder, problem = Path(path).expanduser(), f"speculator.path = {path!r}: no such folder"
+    folder, problem = to_path(path).expanduser(), f"speculator.path = {path!r}: no such folder"
     if folder.is_dir():
         return folder
     if hub.could_be_model(path):

@@ -267,6 +267,7 @@ class LRScheduler:
 @dataclass
 class Checkpoint:
     interval: int = key(1000, "steps between checkpoints; one is always written at the end", minimum=1)
+    folder: str = key("", "where they lie, also a URL that fsspec knows (s3://bucket/run; see README); empty: dump_folder/checkpoints")
     load_path: str = key("", "checkpoint, or folder of checkpoints, to start from if this run has none of its own")
     resume: str = key(
         "auto",

@@ -5,8 +5,9 @@
                                  state.json         the rest: step, position in the data, configuration
                                  manifest.json      size and BLAKE2b hash of each of these files
 
-A checkpoint is written under a temporary name and renamed when every rank's files are on the disk. Tensors may be DTensors:
-a checkpoint of any number of ranks is read on any other number.
+A checkpoint is written under a temporary name and renamed when every rank's files are on the disk. Where the folder is a URL, on a
+file system that may not know renaming, manifest.json makes a checkpoint: it is written last, and removed first. Tensors may be
+DTensors: a checkpoint of any number of ranks is read on any other number.
 """
 
 import contextlib
@@ -24,10 +25,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from spectitan.config.sections import Checkpoint as CheckpointKeys
 from spectitan.distributed import utils
 from spectitan.errors import UserError
-from spectitan.files import sync
-from spectitan.training.checkpoint_files import describe, find_problem, read_json, step_folders, step_of, write_json
+from spectitan.files import is_remote, remove_folder, sync, to_path
+from spectitan.training.checkpoint_files import MANIFEST, describe, find_problem, read_json, step_folders, step_of, write_json
 from spectitan.training.checkpoint_writing import Background, TensorWriter
 from spectitan.training.restricted_metadata import RestrictedReader
 
@@ -49,18 +51,23 @@ class Checkpointer:
     """The checkpoints of one run. All ranks call every method together; one training process at a time uses a folder.
 
     Args:
-        folder: holds the step folders; made by the first save. What an interrupted save left is removed here.
+        folder: holds the step folders, or a URL; made by the first save. What an interrupted save left is removed here.
         keep_latest_k: checkpoints kept; 0 keeps all.
     """
 
     def __init__(self, folder: str | os.PathLike, keep_latest_k: int = 0):
-        self.folder, self.keep_latest_k = Path(folder), keep_latest_k
+        self.folder, self.keep_latest_k = to_path(folder), keep_latest_k
         self._verified: set[Path] = set()
         self._pending: _Pending | None = None
         self._buffers: dict = {}
         utils.on_main(self._clean_up)
 
     def _clean_up(self) -> None:
+        if is_remote(self.folder):
+            for path in step_folders(self.folder):
+                if not (path / MANIFEST).exists():
+                    remove_folder(path)
+            return
         for path in self.folder.glob(_REPLACED + "*"):
             original = path.with_name(path.name.removeprefix(_REPLACED))
             shutil.rmtree(path) if original.exists() else path.rename(original)
@@ -89,7 +96,7 @@ class Checkpointer:
     def _begin(self, step: int, tensors: dict[str, Tensor], state: dict, in_background: bool) -> None:
         assert self._pending is None, "one checkpoint at a time"
         final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / (_SAVING + final.name)
+        temporary = final if is_remote(final) else self.folder / (_SAVING + final.name)
         with self._failing(final, temporary):
             utils.on_main(lambda: self._make_room(temporary, tensors))
             writer = TensorWriter(temporary, tensors)
@@ -123,11 +130,16 @@ class Checkpointer:
             yield
         except OSError as error:
             if utils.rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove_folder(temporary)
             raise OSError(f"{final}: checkpoint not saved, earlier ones are unchanged: {error}") from error
 
     def _make_room(self, temporary: Path, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if is_remote(temporary):
+            (temporary / MANIFEST).unlink(missing_ok=True)
+            remove_folder(temporary)
+            temporary.mkdir(parents=True, exist_ok=True)
+            return
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -141,7 +153,12 @@ class Checkpointer:
         write_json(temporary / "state.json", state)
         files = {name: entry for of_rank in hashes for name, entry in of_rank.items()}
         files |= {name: describe(temporary / name) for name in (".metadata", "state.json")}
-        write_json(temporary / "manifest.json", {"format": 1, "files": files})
+        write_json(temporary / MANIFEST, {"format": 1, "files": files})
+        if not is_remote(temporary):
+            self._rename(temporary, final)
+        self._prune(final)
+
+    def _rename(self, temporary: Path, final: Path) -> None:
         sync(temporary)
         replaced = self.folder / (_REPLACED + final.name)
         if final.exists():  # a broken one, or one of the steps that a resumed run repeats
@@ -149,7 +166,6 @@ class Checkpointer:
         temporary.rename(final)
         sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        self._prune(final)
 
     def _prune(self, newest: Path) -> None:
         """Keeps `keep_latest_k` checkpoints up to `newest`; broken ones do not count. Those of later steps are left alone."""
@@ -159,7 +175,7 @@ class Checkpointer:
         kept = [path for path in steps if find_problem(path, hashes=False) is None][-self.keep_latest_k :]
         if len(kept) == self.keep_latest_k:
             for path in steps[: steps.index(kept[0])]:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path)
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint whose sizes and hashes are right, with a warning for every newer one; None if there is none.
@@ -187,7 +203,7 @@ class Checkpointer:
         Raises:
             UserError: the checkpoint is broken; a tensor is missing, unknown, or of another shape.
         """
-        path = Path(path)
+        path = to_path(path)
         problem = self._find_problem(path)
         if problem is not None:
             raise UserError(f"{path}: broken checkpoint: {problem}")
@@ -206,6 +222,23 @@ class Checkpointer:
         return problem
 
 
+def checkpoints_folder(config: CheckpointKeys, dump_folder: str | os.PathLike) -> Path:
+    """Where a run's checkpoints lie.
+
+    Raises:
+        UserError: as files.to_path.
+    """
+    return to_path(config.folder) if config.folder else Path(dump_folder) / "checkpoints"
+
+
+def check_is_new(folder: Path) -> None:
+    """Raises UserError if checkpoint.folder has checkpoints, which a run that starts anew would be mixed up with."""
+    if utils.on_main(lambda: step_folders(folder)):
+        raise UserError(
+            f"checkpoint.folder = {str(folder)!r} holds checkpoints: checkpoint.resume = never cannot move them; use another folder"
+        )
+
+
 def find_checkpoint(path: str | os.PathLike) -> Path:
     """A valid checkpoint from what a user names: one checkpoint, a folder of them, or a run's dump_folder (the newest).
 
@@ -214,8 +247,8 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     Raises:
         UserError: nothing there, or nothing valid.
     """
-    path = Path(path).expanduser()
-    if (path / "manifest.json").is_file():
+    path = to_path(path).expanduser()
+    if (path / MANIFEST).is_file():
         problem = find_problem(path)
         if problem is not None:
             raise UserError(f"{path}: broken checkpoint: {problem}")
@@ -235,7 +268,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 def read_state(path: str | os.PathLike) -> dict:
     """A checkpoint's JSON state, without its tensors."""
-    return read_json(Path(path) / "state.json")
+    return read_json(to_path(path) / "state.json")
 
 
 def read_tensors(path: str | os.PathLike, prefix: str = "") -> dict[str, Tensor]:
@@ -244,7 +277,7 @@ def read_tensors(path: str | os.PathLike, prefix: str = "") -> dict[str, Tensor]
     Args:
         path: a step folder that `find_checkpoint` or `Checkpointer.newest_valid` has verified.
     """
-    path = Path(path)
+    path = to_path(path)
     entries = RestrictedReader(path).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if name.startswith(prefix)}
     if tensors:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from spectitan import heartbeat
 from spectitan.errors import UserError
-from spectitan.files import sync
+from spectitan.files import is_remote, sync
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _HASH_BLOCK = 1 << 22
+MANIFEST = "manifest.json"  # the file that says that all others are there
 
 
 def step_of(path: Path) -> int:
@@ -28,7 +29,7 @@ def step_folders(folder: Path) -> list[Path]:
 def find_problem(path: Path, share: int = 0, shares: int = 1, hashes: bool = True) -> str | None:
     """What is wrong with this share of a checkpoint's files, or None."""
     try:
-        files = read_json(path / "manifest.json")["files"]
+        files = read_json(path / MANIFEST)["files"]
         for needed in (".metadata", "state.json"):
             if needed not in files:
                 return f"manifest.json lacks {needed}"
@@ -48,7 +49,7 @@ def find_problem(path: Path, share: int = 0, shares: int = 1, hashes: bool = Tru
 def describe(path: Path) -> dict:
     """A file's entry in the manifest."""
     digest, size = hashlib.blake2b(digest_size=32), 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
             size += len(block)
@@ -69,4 +70,5 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, value: dict) -> None:
     """Returns when it is on the disk."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    sync(path)
+    if not is_remote(path):
+        sync(path)

@@ -13,7 +13,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from spectitan import heartbeat
 from spectitan.distributed import utils
+from spectitan.files import is_remote
 from spectitan.training.checkpoint_files import describe
+from spectitan.training.restricted_metadata import remote_file_system
 
 
 class TensorWriter:
@@ -81,6 +83,12 @@ class _Planner(dcp.DefaultSavePlanner):
 
 
 class _Storage(dcp.FileSystemWriter):
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), sync_files=not is_remote(folder))
+        if is_remote(folder):
+            self.fs = remote_file_system()
+        self.path = self.fs.init_path(str(folder))
+
     def storage_meta(self) -> None:
         """Leaves the temporary folder's path out of the metadata: nobody reads it, and a path object is code to a reader."""
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from spectitan.errors import UserError
+from spectitan.files import is_remote
 
 _ALLOWED = {
     (cls.__module__, cls.__qualname__): cls
@@ -48,15 +49,33 @@ class _TensorRecordUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a description of tensors")
 
 
+def remote_file_system():
+    """torch.distributed.checkpoint's access to what fsspec knows."""
+    from torch.distributed.checkpoint._fsspec_filesystem import FileSystem  # needs the package fsspec
+
+    return FileSystem()
+
+
 class RestrictedReader(FileSystemReader):
-    """A FileSystemReader of tensors only. `read_metadata` raises UserError, naming the file, if it is anything else."""
+    """A FileSystemReader of tensors only. `read_metadata` raises UserError, naming the file, if it is anything else.
+
+    Args:
+        folder: as files.to_path gives it.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        self._folder = folder
+        if is_remote(folder):
+            self.fs = remote_file_system()
+            self.path = self.fs.init_path(str(folder))
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        path = Path(self.path) / ".metadata"
+        path = self._folder / ".metadata"
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 metadata = _TensorRecordUnpickler(file).load()
-            _check(metadata, {entry.name: entry.stat().st_size for entry in Path(self.path).iterdir() if entry.is_file()})
+            _check(metadata, {entry.name: entry.stat().st_size for entry in self._folder.iterdir() if entry.is_file()})
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         except Exception as error:  # a pickle stream can fail in any way
