@@ -61,6 +61,15 @@ def reported(run: Path) -> int:
     return tiny.reports(run)[-1]["step"] if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size else 0
 
 
+def is_under_way(run: Path, since: float) -> bool:
+    """A start after that moment has read its checkpoint: its reports are cut back to that, and config.toml is written."""
+    return (run / "config.toml").exists() and (run / "config.toml").stat().st_mtime > since
+
+
+def saved(run: Path) -> int:
+    return max((int(path.name[-8:]) for path in run.glob("checkpoints/step-*")), default=0)
+
+
 def wait_for(condition, job: subprocess.Popen) -> bool:
     """False if the job has ended before."""
     while not condition():
@@ -74,11 +83,14 @@ def disturb(job: subprocess.Popen, run: Path, processes: int, kills: int, dice: 
     """Kills ranks one after the other; what was going on each time."""
     done, before = [], set()
     while len(done) < kills and wait_for(lambda: len(set(workers(job)) - before) == processes, job):
-        now, step = workers(job), reported(run)
+        began = time.time()
+        now = workers(job)
         if dice.random() < 0.25:  # while all start
             time.sleep(dice.uniform(0, 8))
-        elif wait_for(lambda: reported(run) not in (0, step), job):
-            time.sleep(dice.uniform(0, 2))
+        else:
+            target = saved(run) + dice.randint(1, 24)
+            wait_for(lambda: is_under_way(run, began) and reported(run) >= target, job)
+            time.sleep(dice.uniform(0, 0.5))
         rank = dice.randrange(processes)
         saving = next((path.name.removeprefix(".saving-") for path in run.glob("checkpoints/.saving-*")), "")
         if job.poll() is None and set(workers(job)) == set(now):
