@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks.training import Setup, describe_machine, import_all, memory, write_inputs
 from spectitan import evaluate, train
 from spectitan.config.sections import Data
-from spectitan.data.loader import SAMPLE_BITS, build_loader
+from spectitan.data.loader import build_loader
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.distributed.fsdp import resolve_compute_dtype
@@ -88,7 +88,7 @@ def write_rows(run: Run) -> None:
 
     write_dataset(folder / "ours", rows[:count])
     write_dataset(folder / "validation", rows[count:])
-    order = order_of_ours(run, base_path)
+    order = order_of_ours(run, base_path, rows[:count])
     assert sorted(order) == list(range(count)), "an epoch"
     place = np.random.default_rng(SEED).permutation(count)  # theirs: step by step, the row of its dataset that its sampler takes
     theirs = torch.empty_like(rows)
@@ -140,12 +140,13 @@ def write_dataset(folder: Path, rows: Tensor) -> Path:
     return folder
 
 
-def order_of_ours(run: Run, base_path: Path) -> list[int]:
+def order_of_ours(run: Run, base_path: Path, rows: Tensor) -> list[int]:
     """The row that each place of our run's first epoch has."""
     tokenizer = load_tokenizer(base_path, json.loads((base_path / "config.json").read_text())["vocab_size"])
     data = Data(path=f"{run.folder}/ours", seq_length=run.seq_length, packing="document", cache_dir=f"{run.folder}/cache")
     loader = build_loader(data, tokenizer, seed=SEED, global_batch_size=run.rows, micro_batch_size=run.rows)
-    return [int(sample) & (1 << SAMPLE_BITS) - 1 for _ in range(run.steps) for sample in next(loader).sample_ids]
+    place = {row.numpy().tobytes(): number for number, row in enumerate(rows)}
+    return [place[sample.numpy().tobytes()] for _ in range(run.steps) for sample in next(loader).tokens]
 
 
 # ---- the three ways ----
