@@ -30,6 +30,10 @@ STEPS = LAYOUTS[-1][2]
 RUN = {"training__global_batch_size": BATCH, "training__micro_batch_size": 1, "metrics__report_interval": 1, "data__seq_length": 61}
 RUN |= {"base__freeze": "false", "training__detach_states": "false", "objective__loss": "kl_div"}
 RUN |= {"lr_scheduler__type": "constant", "eval__at_end": "false", "export__format": "none"}
+FAMILIES = {
+    "mlp": {},
+    "eagle3": {"speculator__type": "eagle3", "speculator__train_head": "true", "speculator__embed_requires_grad": "true"},
+}
 # Heads divide by two, and nothing by three or four.
 CONFIG = replace(tiny.CONFIG, num_heads=4, num_kv_heads=2)
 
@@ -79,16 +83,17 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone() for name, tensor in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("elasticity"), CONFIG)
+@pytest.fixture
+def world(tmp_path) -> tiny.Tiny:
+    return tiny.make(tmp_path / "elasticity", CONFIG)
 
 
-def test_a_run_moves_through_five_layouts(world):
-    undisturbed, moved = world.root / "undisturbed", world.root / "moved"
-    assert train.main(world.flags(undisturbed, **RUN, training__num_steps=STEPS)) == 0
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_moves_through_five_layouts(world, family):
+    undisturbed, moved, run = world.root / "undisturbed", world.root / "moved", RUN | FAMILIES[family]
+    assert train.main(world.flags(undisturbed, **run, training__num_steps=STEPS)) == 0
     runs = [
-        world.flags(moved, **RUN, training__num_steps=last, **{f"parallelism__{name}": value for name, value in keys.items()})
+        world.flags(moved, **run, training__num_steps=last, **{f"parallelism__{name}": value for name, value in keys.items()})
         for _, keys, last in LAYOUTS
     ]
     codes = processes.join(processes.call_in_each(4, worker, str(world.root), [free_port() for _ in LAYOUTS], runs))
