@@ -51,6 +51,12 @@ class HFConfig(DecoderConfig):
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
     content: dict = field(hash=False)  # all of config.json that decides the function
+    # What a drafter's decoder takes after.
+    num_kv_heads: int
+    intermediate_size: int
+    norm_eps: float
+    rope_theta: float
+    hidden_act: str
 
     def identity(self) -> dict:
         return self.content
@@ -101,7 +107,19 @@ def read_hf_config(folder: Path) -> HFConfig:
         bos_token_id=text.bos_token_id,
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         content={name: value for name, value in keys.content.items() if name not in _BESIDE},
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or sizes["num_attention_heads"],
+        intermediate_size=getattr(text, "intermediate_size", None) or 3 * sizes["hidden_size"],
+        norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(text),
+        hidden_act=getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
     )
+
+
+def _rope_theta(text) -> float:
+    """Of all layers, or of those that see everything; scaling is left out."""
+    rotary = getattr(text, "rope_parameters", None) or {}
+    rotary = rotary.get("full_attention", rotary)
+    return float(rotary.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
 
 
 def _read_theirs(folder: Path):

@@ -11,11 +11,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spectitan.config.sections import Objective
+from spectitan.decoding.plain import generate_plain
+from spectitan.decoding.speculative import generate_speculative
 from spectitan.distributed.fsdp import free_frozen, gather_frozen, shard_frozen
 from spectitan.errors import UserError
 from spectitan.models.families import build_on_meta
 from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint
+from spectitan.speculators.eagle3 import Eagle3Config
+from spectitan.speculators.registry import new_speculator
 from tests.unit.model_fixtures import VOCAB, random_tokens, relative_error, save_oracle
 
 TOLERANCE = 1e-5
@@ -151,6 +156,20 @@ def test_it_is_built_without_weights_sharded_by_block_filled_and_decodes(pair, o
         gather_frozen(model)
         assert torch.allclose(model(tokens).final, states.final)
         free_frozen(model)
+
+
+def test_an_eagle3_drafter_takes_after_it_and_changes_no_token(pair):
+    base, theirs, _ = pair
+    shape, config = new_speculator("eagle3", Eagle3Config(), base.config, Objective()).decoder, theirs.config
+    assert (shape.hidden_size, shape.num_heads, shape.vocab_size) == (24, config.num_attention_heads, VOCAB)
+    assert shape.num_kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+    assert shape.intermediate_size == getattr(config, "intermediate_size", 72) and shape.norm_eps == getattr(config, "rms_norm_eps", 1e-6)
+    speculator = new_speculator("eagle3", Eagle3Config(ttt_steps=2), base.config, Objective())
+    speculator.init_weights(torch.Generator().manual_seed(0))
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    plain = generate_plain(base, prompts, 9)
+    drafted = generate_speculative(base, speculator, prompts, 9, 2)
+    assert drafted.tokens == plain.tokens and sum(map(len, drafted.accepted)) > 0
 
 
 def test_fingerprints_are_of_the_folder(pair):
