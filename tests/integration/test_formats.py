@@ -87,6 +87,12 @@ def write_fms(folder: Path) -> Expected:
     return AS_IDS
 
 
+def write_pt(folder: Path) -> Expected:
+    for number, (ids, mask) in enumerate(WITH_MASKS):
+        torch.save({"input_ids": torch.tensor(ids), "loss_mask": torch.tensor(mask)}, folder / f"data_{number}.pt")
+    return WITH_MASKS
+
+
 def write_saved(folder: Path) -> Expected:
     save_to_disk(folder, [columns(MASK_ROWS[:3]), columns(MASK_ROWS[3:])])
     return WITH_MASKS
@@ -96,13 +102,14 @@ def of_rows(rows: list[dict], expected: Expected) -> Callable[[Path], Expected]:
     return lambda folder: write_jsonl(folder, rows, expected)
 
 
-HUB = "`organisation/name`"
+HUB, PT = "`organisation/name`", "`.pt`"
 EXAMPLES = {
     "`.txt`, `.md`, `.py` (`data.suffixes`)": write_texts,
     "`.jsonl`, `.ndjson`": write_jsonl,
     "`.jsonl.gz`, `.jsonl.zst`, also `.ndjson` and `.json`": write_packed,
     "`.parquet`": write_parquet,
     "`.arrow`": write_arrow,
+    PT: write_pt,
     "`.arrow` of single numbers": write_fms,
     "a folder that `datasets` saved": write_saved,
     HUB: write_packed,
@@ -122,6 +129,7 @@ SEEN = {
     "`.jsonl.gz`, `.jsonl.zst`, also `.ndjson` and `.json`": (PACKED, "3 rows of text"),
     "`.parquet`": ("1 file of Parquet", "3 rows of messages"),
     "`.arrow`": ("1 file of Arrow", "3 rows of prompt and response"),
+    PT: ("4 files of PyTorch", "4 rows of ids with a mask"),
     "`.arrow` of single numbers": ("2 files of Arrow", "4 rows of ids"),
     "a folder that `datasets` saved": ("2 files of Arrow", "4 rows of ids with a mask"),
     HUB: (PACKED, "3 rows of text"),
@@ -142,9 +150,9 @@ def first_cells(head: str) -> list[str]:
 
 def test_every_row_of_the_tables_has_its_example():
     rows = first_cells("| files | hold |") + first_cells("| a row has the columns |")
-    assert len(rows) == 14 and rows == list(EXAMPLES)
+    assert len(rows) == 15 and rows == list(EXAMPLES)
     formats = re.search(r"\| files \| hold \|.*?\n\n", README, re.DOTALL)[0]
-    assert {line.split(" | ")[-1].rstrip(" |") for line in formats.splitlines()[2:] if line} == {"text", "jsonl", "parquet", "arrow", "all"}
+    assert {line.split(" | ")[-1].rstrip(" |") for line in formats.splitlines()[2:] if line} == {"text", "jsonl", "parquet", "arrow", "pt", "all"}
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +162,10 @@ def base(world) -> Path:
 
 
 def formats(row: str) -> list[str]:
-    """auto, and the format that README says."""
+    """auto, but for what it leaves alone, and the format that README says."""
     (line,) = [line for line in README.splitlines() if line.startswith(f"| {row} |")]
     said = line.split(" | ")[-1].rstrip(" |")
-    return ["auto", said] if said in ("text", "jsonl", "parquet", "arrow") else ["auto"]
+    return [said] if row == PT else ["auto", said] if said in ("text", "jsonl", "parquet", "arrow") else ["auto"]
 
 
 @pytest.mark.parametrize(("row", "format"), [(row, format) for row in EXAMPLES for format in formats(row)])
@@ -187,7 +195,7 @@ def test_prepare_takes_it(world, base, tmp_path, monkeypatch, capsys, caplog, ro
 
 
 def test_train_takes_all_of_them_together(world, base, tmp_path):
-    names = {f"{number:02}": write for number, (row, write) in enumerate(EXAMPLES.items()) if row != HUB}
+    names = {f"{number:02}": write for number, (row, write) in enumerate(EXAMPLES.items()) if row not in (HUB, PT)}
     for name, write in names.items():
         (tmp_path / "data" / name).mkdir(parents=True)
         write(tmp_path / "data" / name)
