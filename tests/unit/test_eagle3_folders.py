@@ -127,6 +127,19 @@ def test_names_of_tensors_are_those_of_speculators(case, base, tmp_path):
     assert set(load_file(folder / "model.safetensors")) == theirs
 
 
+def test_what_a_server_is_told(base, tmp_path):
+    """With a model_type vLLM would take the folder for a model of transformers. Every flag is there: readers' defaults differ."""
+    folder = export(make(base, ttt_steps=5), base, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    assert "model_type" not in config and config["speculators_model_type"] == "eagle3"
+    flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad", "tie_word_embeddings")
+    assert [config[name] for name in flags] == [True, False, False, False, False, False]
+    (method,) = config["speculators_config"]["proposal_methods"]
+    assert (method["speculative_tokens"], config["draft_vocab_size"], config["target_hidden_size"]) == (5, 53, 24)
+    command = '{"method": "eagle3", "model": ".", "num_speculative_tokens": 5}'
+    assert f"    vllm serve {base[1].name} --speculative-config '{command}'\n" in (folder / "README.md").read_text()
+
+
 def test_a_folder_of_others_without_our_flags_keeps_its_own_head(base, tmp_path):
     speculator = make(base, norm_before_residual=True, train_head=True)
     folder = export(speculator, base, tmp_path / "folder")
