@@ -70,16 +70,19 @@ def loss_of(base, own_head, tokens, documents, supervised: list[int], per_row: i
     targets, row_weights = tokens.flatten()[rows], torch.full((len(rows),), 1 / sum(SUPERVISED), dtype=torch.float64)
 
     def losses(readout, hidden):
-        """Of the base's head against the text, itself divided against a divided teacher, and a drafter's own head against that."""
+        """Of the base's head against the text, itself divided against a divided teacher, and a drafter's own head against that; and
+        one that gathers both heads."""
         head = readout.head.weight
         teacher = Teacher(2 * final.detach(), head.detach(), rows // 2 * 2)  # most rows twice
         own = fused_linear_loss(hidden.sin(), own_head, row_weights, loss="kl_div", targets=targets, teacher=teacher, chunk_rows=3)
         ce = fused_linear_loss(hidden, head, row_weights, loss="ce", targets=targets, chunk_rows=2)
-        return ce, fused_linear_loss(hidden, head, row_weights, loss="kl_div", targets=targets, teacher=teacher), own
+        mixture = '{"ce": 0.3, "jsd": 0.7}'
+        mixed = fused_linear_loss(hidden.cos(), head, row_weights, loss=mixture, targets=targets, teacher=teacher, chunk_rows=2)
+        return ce, fused_linear_loss(hidden, head, row_weights, loss="kl_div", targets=targets, teacher=teacher), own, mixed
 
-    (ce, ce_stats), (kl, kl_stats), (own, own_stats) = base.readout.call(losses, final[rows])
-    total = 0.7 * ce + 0.3 * kl + 0.2 * own + (states.taps[0].pow(3).sum() + embedded.pow(2).sum() + logits.sin().sum()) / 10
-    return total, (states.final, states.taps[0], embedded, logits, ce_stats, kl_stats, own_stats)
+    (ce, ce_stats), (kl, kl_stats), (own, own_stats), (mixed, mixed_stats) = base.readout.call(losses, final[rows])
+    total = 0.7 * ce + 0.3 * kl + 0.2 * own + 0.4 * mixed + (states.taps[0].pow(3).sum() + embedded.pow(2).sum() + logits.sin().sum()) / 10
+    return total, (states.final, states.taps[0], embedded, logits, ce_stats, kl_stats, own_stats, mixed_stats)
 
 
 def head_of_a_drafter(config: DecoderConfig) -> torch.Tensor:
