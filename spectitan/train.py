@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -56,9 +57,11 @@ from spectitan.states.sources import check_complete, hidden_states_folder, open_
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
+from spectitan.training.best import Best
 from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity, run_identity, warn_of_other_text
+from spectitan.training.intervals import is_due, next_due, steps_of
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rate, step_if_finite
 from spectitan.training.reporter import Reporter
@@ -134,9 +137,14 @@ class Trainer:
         self.batches = iter(self.loader)
         self.total_steps = config.training.num_steps
         if self.total_steps == -1:
-            self.total_steps = max(1, math.ceil(config.training.epochs * self.loader.samples_per_epoch / self.global_batch_size))
+            self.total_steps = max(1, math.ceil(self._steps_of(config.training.epochs)))
         if config.stage2.start_step >= self.total_steps:
             raise UserError(f"stage2.start_step = {config.stage2.start_step}; allowed: below the run's {self.total_steps} steps")
+        by_epochs = [
+            None if table.interval_epochs == -1 else self._steps_of(table.interval_epochs) for table in (config.checkpoint, config.eval)
+        ]
+        self.save_interval = by_epochs[0] or config.checkpoint.interval
+        self.eval_interval = by_epochs[1] or config.eval.interval or self.total_steps
         held_out = read_held_out(config.data, self.tokenizer, config.eval.loss_samples, micro_batch_size)
         self.validation, self.held_out_samples = held_out.batches, held_out.samples
         if config.states.source == "offline":
@@ -153,6 +161,10 @@ class Trainer:
         self.metrics = MetricsLogger(
             config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
         )
+        self.best = None
+        if config.checkpoint.save_best != "none":
+            self.best = Best(config.checkpoint.save_best, self.checkpointer.folder, self.metrics.evaluations)
+            self.checkpointer.protected = self.best.checkpoint
         self.reporter = Reporter(
             self.metrics, self.objective.rows, self.objective.metrics, self.loader.datasets, self.loader.reasons,
             self._work, master_dtype(self.compute_dtype), self.device, self.step,
@@ -160,6 +172,9 @@ class Trainer:
         )  # fmt: skip
         if "report" in saved:
             self.reporter.sums.load(saved["report"])
+
+    def _steps_of(self, epochs: float) -> Fraction:
+        return steps_of(epochs, self.loader.samples_per_epoch, self.global_batch_size)
 
     def _starting_point(self) -> Path | None:
         """The checkpoint to go on from: this run's newest valid one, else checkpoint.load_path's, else none."""
@@ -210,7 +225,7 @@ class Trainer:
         on_missing = "raise" if on_missing == "auto" else on_missing
         samples = samples_of_run(loader.order, position, self.total_steps * self.global_batch_size)
         check_complete(self.store, loader.samples, samples, loader.datasets, on_missing)
-        if self.config.eval.interval:
+        if self.eval_interval < self.total_steps or self.config.checkpoint.save_best != "none":
             ids = torch.cat([batch.sample_ids for batch in self.validation]).tolist() if self.validation else []
             names = ["held-out text"] * len(self.held_out_samples)
             check_complete(self.store, self.held_out_samples, [sample_place(each) for each in ids], names, on_missing)
@@ -306,13 +321,23 @@ class Trainer:
         A stop signal lets the step in hand end, saves, and raises StopRequested. An evaluation may be cut short by it, and
         therefore comes after a checkpoint.
         """
-        interval = self.config.eval.interval or self.total_steps
-        while self.step < self.total_steps:
-            next_evaluation = min(self.total_steps, (self.step // interval + 1) * interval)
-            with stop.deferred():
-                self._train_until(next_evaluation, stop)
-            if self.step < self.total_steps:
+        while True:
+            if self._to_evaluate():
                 self.evaluate()
+            if self.step >= self.total_steps:
+                break
+            with stop.deferred():
+                self._train_until(min(self.total_steps, next_due(self.step, self.eval_interval)), stop)
+
+    def _to_evaluate(self) -> bool:
+        """Whether the checkpoint of this run's newest step is due for evaluation and has none, perhaps because a stop cut it short.
+
+        The last is measured for the report, which comes from elsewhere; here only to be compared with the others.
+        """
+        if self.checkpoint is None or self.step == 0 or self.checkpoint.parent != self.checkpointer.folder:
+            return False
+        due = is_due(self.step, self.eval_interval) if self.step < self.total_steps else self.best is not None
+        return due and all(record["step"] != self.step for record in self.metrics.evaluations)
 
     def _train_until(self, last_step: int, stop: StopSignal) -> None:
         saved_at = self.step
@@ -336,7 +361,7 @@ class Trainer:
                 self._finish_save()
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
                 self._report()
-            if saving or self.step % self.config.checkpoint.interval == 0:
+            if saving or is_due(self.step, self.save_interval):
                 self._save()
                 saved_at = self.step
         if self.step != saved_at:
@@ -432,13 +457,20 @@ class Trainer:
             sums, counts = heldout_sums(self.objective, self.states_of_held_out, self.validation, self.base.readout)
             report = heldout_report(self.objective.metrics, sums, counts)
             joint = len(self.trained) == 2
-            for name in ("heldout_loss", "heldout_accuracy"):
-                base, heads = report[name][:joint], report[name][joint:]
-                values |= {f"base_{name}": value for value in base} | {f"{name}/head_{head}": value for head, value in enumerate(heads)}
+            if joint:
+                values |= {f"base_{name}": report[name][0] for name in ("heldout_loss", "heldout_accuracy")}
+            by_head = {name: rows[joint:] for name, rows in report.items() if isinstance(rows, list) and name != "heldout_reached"}
+            values["heldout_loss"] = sum(
+                weight * loss for weight, loss in zip(self.speculator.step_weight().tolist(), by_head["heldout_loss"])
+            )
+            values |= {f"{name}/head_{head}": value for name, heads in by_head.items() for head, value in enumerate(heads)}
         if self.prompts:
             values["acceptance_length"] = utils.on_main(self._acceptance_length)
         if values:
             self.metrics.evaluation(self.step, values)
+        if self.best is not None:
+            self.best.offer(self.checkpoint, values, writes=self.world.rank == 0)
+            self.checkpointer.protected = self.best.checkpoint
 
     def _acceptance_length(self) -> float:
         return checkpoint_acceptance(self._config_of_last_checkpoint(), self.tokenizer, self.prompts, self.device)

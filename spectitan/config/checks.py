@@ -22,6 +22,8 @@ _NOT_ZERO = (
     "training.num_steps",
     "training.epochs",
     "training.global_batch_size",
+    "checkpoint.interval_epochs",
+    "eval.interval_epochs",
     "stage2.batch_size",
     "objective.chunk_rows",
     "optimizer.base_lr",
@@ -145,6 +147,7 @@ def _check_training(config: Config) -> None:
     _check_what_is_trained(config)
     _check_states(config)
     _check_schedule(config)
+    _check_intervals(config)
 
 
 def _check_states(config: Config) -> None:
@@ -225,6 +228,24 @@ def _check_schedule(config: Config) -> None:
     _refuse_unused(config, "lr_scheduler", unused, f'lr_scheduler.type = "{scheduler.type}"')
     _check_optimizer(config)
     _require(len(betas) == 2 and max(betas) < 1, f"optimizer.betas = {betas}; allowed: two numbers, each at least 0 and below 1")
+
+
+def _check_intervals(config: Config) -> None:
+    for table in ("checkpoint", "eval"):
+        epochs = getattr(config, table).interval_epochs
+        if epochs != -1:
+            _refuse_unused(config, table, ["interval"], f"{table}.interval_epochs = {epochs:g}")
+    given, evaluation = f'checkpoint.save_best = "{config.checkpoint.save_best}"', config.eval
+    if config.checkpoint.save_best == "none":
+        return
+    often = evaluation.interval > 0 or evaluation.interval_epochs > 0
+    _require(often, f"{given} without eval.interval or eval.interval_epochs: only the last checkpoint would be measured")
+    if config.checkpoint.save_best == "acceptance":
+        measured = evaluation.prompts != "none" and config.speculator.type != "none"
+        _require(measured, f"{given} without acceptance; allowed: with eval.prompts and a speculator, or loss")
+    else:
+        measured = evaluation.loss_samples > 0 and (config.data.val_path or config.data.holdout)
+        _require(measured, f"{given} without a held-out loss; allowed: with eval.loss_samples and data.val_path or data.holdout")
 
 
 def _check_optimizer(config: Config) -> None:

@@ -184,7 +184,9 @@ class States:
         choices=("auto", "generate", "skip", "warn", "raise"),
     )
     on_generate: str = key(
-        "cache", "hybrid: states that the base has computed: cache them for later epochs and runs, or delete them", choices=("cache", "delete")
+        "cache",
+        "hybrid: states that the base has computed: cache them for later epochs and runs, or delete them",
+        choices=("cache", "delete"),
     )
     hidden_states_path: str = key("", "folder of the files; empty: dump_folder/hidden_states")
     format: str = key(
@@ -266,7 +268,10 @@ class LRScheduler:
 
 @dataclass
 class Checkpoint:
-    interval: int = key(1000, "steps between checkpoints; one is always written at the end", minimum=1)
+    interval: int = key(1000, "steps between checkpoints; one is always written before an evaluation and at the end", minimum=1)
+    interval_epochs: float = key(
+        -1.0, "passes over the data between checkpoints, or parts of one (0.5), instead of checkpoint.interval; -1: by steps", minimum=-1
+    )
     folder: str = key("", "where they lie, also a URL that fsspec knows (s3://bucket/run; see README); empty: dump_folder/checkpoints")
     load_path: str = key("", "checkpoint, or folder of checkpoints, to start from if this run has none of its own")
     resume: str = key(
@@ -281,6 +286,12 @@ class Checkpoint:
         "processes); disabled: it waits",
         choices=("async", "disabled"),
     )
+    save_best: str = key(
+        "none",
+        "keep the best of the evaluated checkpoints too; checkpoints/best leads to it. acceptance: by acceptance_length, really drafted and "
+        "verified; loss: by the held-out loss of all heads",
+        choices=("none", "acceptance", "loss"),
+    )
 
 
 @dataclass
@@ -293,13 +304,18 @@ class Metrics:
 @dataclass
 class Compile:
     enabled: str = key(
-        "auto", "torch.compile of blocks and of mixed losses: auto where a C++ compiler (CPU) or a GPU is found", choices=("auto", "true", "false")
+        "auto",
+        "torch.compile of blocks and of mixed losses: auto where a C++ compiler (CPU) or a GPU is found",
+        choices=("auto", "true", "false"),
     )
 
 
 @dataclass
 class Eval:
     interval: int = key(0, "steps between evaluations; 0: only at the end", minimum=0)
+    interval_epochs: float = key(
+        -1.0, "passes over the data between evaluations, or parts of one, instead of eval.interval; -1: by steps", minimum=-1
+    )
     at_end: bool = key(True, "measure acceptance and speed after the last step and write report.json")
     prompts: str = key(
         "spectitan:pystdlib",
@@ -358,7 +374,8 @@ class Prepare:
     generate_samples: int = key(-1, "samples of the text, of data.seq_length tokens, that prompts are cut from; -1: all, once", minimum=-1)
     generate_start: int = key(0, "place in the order of samples to begin at: so processes write files of their own", minimum=0)
     states: bool = key(
-        False, "fill states.hidden_states_path with hidden states for all samples of a run with these keys; torchrun and [parallelism] count"
+        False,
+        "fill states.hidden_states_path with hidden states for all samples of a run with these keys; torchrun and [parallelism] count",
     )
 
 

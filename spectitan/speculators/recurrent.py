@@ -20,7 +20,7 @@ from spectitan.errors import UserError
 from spectitan.models.layers import Linear, assign, draw_normal
 from spectitan.models.readout import Readout
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
-from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index
+from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index, right_before
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch, to_device
 
 NORM_EPS = 1e-6
@@ -113,6 +113,7 @@ class RecurrentSpeculator(Speculator):
     """
 
     drafts_trees = True
+    metrics = ("loss", "accuracy", "alpha", "full_accuracy", "reached")
     emb: nn.ModuleList
     proj: nn.ModuleList
     head: nn.ModuleList
@@ -204,7 +205,8 @@ class RecurrentSpeculator(Speculator):
             total, row_stats = loss_of_heads(readout, hidden, row_weights)
         else:  # the base's head is read, so its unit has to be gathered
             total, row_stats = readout.call(loss_of_heads, hidden, row_weights)
-        return collect_loss(total, row_stats, targets, len(text))
+        reached = right_before(row_stats[:, 1], targets, len(text))
+        return collect_loss(total, torch.cat([row_stats, reached[:, None]], 1), targets, len(text))
 
     def _loss_of_head(self, step, hidden, row_weights, target_tokens, teacher_rows, final, readout) -> tuple[Tensor, Tensor]:
         """The fused loss of one distinct head on its rows."""

@@ -53,6 +53,9 @@ class Checkpointer:
     Args:
         folder: holds the step folders, or a URL; made by the first save. What an interrupted save left is removed here.
         keep_latest_k: checkpoints kept; 0 keeps all.
+
+    Attributes:
+        protected: one more that is kept, or None.
     """
 
     def __init__(self, folder: str | os.PathLike, keep_latest_k: int = 0):
@@ -60,6 +63,7 @@ class Checkpointer:
         self._verified: set[Path] = set()
         self._pending: _Pending | None = None
         self._buffers: dict = {}
+        self.protected: Path | None = None
         utils.on_main(self._clean_up)
 
     def _clean_up(self) -> None:
@@ -175,7 +179,8 @@ class Checkpointer:
         kept = [path for path in steps if find_problem(path, hashes=False) is None][-self.keep_latest_k :]
         if len(kept) == self.keep_latest_k:
             for path in steps[: steps.index(kept[0])]:
-                remove_folder(path)
+                if path != self.protected:
+                    remove_folder(path)
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint whose sizes and hashes are right, with a warning for every newer one; None if there is none.

@@ -35,13 +35,16 @@ class MetricsLogger:
         total_steps: of the whole run.
         start_step: steps done before this process.
         run_name: sub-folder of TensorBoard's folder, so that runs can share one.
+
+    Attributes:
+        evaluations: the records of evaluations.jsonl, those of earlier starts first.
     """
 
     def __init__(self, config: Metrics, folder: str | os.PathLike, *, total_steps: int, start_step: int, run_name: str = ""):
         self.folder, self.total_steps, self.file, self.tensorboard, self.bar = Path(folder), total_steps, None, None, None
-        utils.on_main(lambda: self._open(config, start_step, run_name))
+        self.evaluations = utils.on_main(lambda: self._open(config, start_step, run_name)) or []
 
-    def _open(self, config: Metrics, start_step: int, run_name: str) -> None:
+    def _open(self, config: Metrics, start_step: int, run_name: str) -> list[dict]:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             truncate_after(self.folder / name, start_step)
@@ -55,6 +58,8 @@ class MetricsLogger:
             "useful FLOP/s = matrix products that the step needs (2 a multiply-add) / time, over all ranks%s",
             f"; MFU = useful FLOP/s / (ranks x {self.peak_flops / 1e12:.0f} TFLOP/s, dense bfloat16)" if self.peak_flops else "",
         )
+        path = self.folder / "evaluations.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def advance(self, step: int) -> None:
         """A step is done: moves the progress bar, where there is a terminal."""
@@ -138,11 +143,13 @@ class MetricsLogger:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """An evaluation's results, by name: console, TensorBoard and evaluations.jsonl."""
         utils.on_main(lambda: self._evaluation(step, values))
+        self.evaluations.append({"step": step, **values})
 
     def _evaluation(self, step: int, values: dict[str, float]) -> None:
         with open(self.folder / "evaluations.jsonl", "a", encoding="utf-8") as file:
             _append(file, {"step": step, **values})
-        logger.info("step %d evaluation | %s", step, " | ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        short = {name: value for name, value in values.items() if "/" not in name or name.startswith(("heldout_loss", "heldout_accuracy"))}
+        logger.info("step %d evaluation | %s", step, " | ".join(f"{name} {value:.4g}" for name, value in short.items()))
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"evaluation/{name}", value, step)

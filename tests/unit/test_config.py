@@ -285,6 +285,12 @@ def test_family_in_file_must_be_known(toml_file):
         (["--stage2.start_step=10"], ["stage2.start_step", "training.num_steps"]),
         (["--stage2.start_step=1", "--speculator.type=none", "--base.freeze=false"], ["stage2.start_step", "base.freeze"]),
         (["--stage2.batch_size=0"], ["stage2.batch_size"]),
+        (["--checkpoint.interval_epochs=0"], ["checkpoint.interval_epochs = 0.0", "-1, or above 0"]),
+        (["--checkpoint.interval_epochs=0.5", "--checkpoint.interval=7"], ["checkpoint.interval = 7", "checkpoint.interval_epochs = 0.5"]),
+        (["--eval.interval_epochs=2", "--eval.interval=7"], ["eval.interval = 7", "eval.interval_epochs = 2"]),
+        (["--checkpoint.save_best=loss", "--data.holdout=0.1"], ['checkpoint.save_best = "loss"', "eval.interval or eval.interval_epochs"]),
+        (["--checkpoint.save_best=loss", "--eval.interval=1"], ['checkpoint.save_best = "loss"', "data.val_path or data.holdout"]),
+        (["--checkpoint.save_best=acceptance", "--eval.interval=1", "--eval.prompts=none"], ["checkpoint.save_best", "eval.prompts"]),
     ],
 )
 def test_combinations_that_cannot_be_trained(flags, named):
@@ -321,6 +327,16 @@ def test_what_other_programs_need(program, flags, named):
         ("train", [*TRAINED, "--training.epochs=1", "--stage2.start_step=0"]),
         ("train", [*TRAINED, "--training.epochs=1", "--optimizer.name=muon", "--optimizer.muon_lr=0.1", "--optimizer.muon_momentum=0"]),
         ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.total_steps=9", "--lr_scheduler.num_cosine_cycles=2"]),
+        (
+            "train",
+            [
+                *TRAINED,
+                "--training.epochs=1",
+                "--checkpoint.interval_epochs=0.1",
+                "--eval.interval_epochs=0.1",
+                "--checkpoint.save_best=acceptance",
+            ],
+        ),
         ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.type=constant", "--lr_scheduler.warmup_steps=9"]),
         ("prepare", ["--base.path", "b", "--data.path", "d", "--data.packing=document", "--data.overlong=truncate"]),
         ("prepare", ["--base.path", "b", "--data.path", "d", "--data.prompt_key=", "--data.input_ids_column=", "--data.loss_mask_column="]),

@@ -144,7 +144,7 @@ def test_loss_and_gradients_are_those_of_the_definition(case, loss):
         n_speculator_heads=n, speculator_width=WIDTH, tie_weights=tied, scale_input=scaled, **more
     )
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in speculator.named_parameters()}
-    total, sums, counts = 0.0, torch.zeros(n, 4, dtype=torch.float64), [0] * n
+    total, sums, counts = 0.0, torch.zeros(n, 5, dtype=torch.float64), [0] * n
     for row in range(batch_size):
         for t in range(length - 2):
             after = batch.tokens[row, t + 1 : min(t + 1 + n, length - 1)].tolist()
@@ -164,9 +164,10 @@ def test_loss_and_gradients_are_those_of_the_definition(case, loss):
                     p = F.softmax(readout.head.weight.detach() @ final[row, j - 1], 0)
                     pair_loss, alpha = (p * (p.log() - log_q)).sum(), torch.minimum(p, log_q.exp()).sum()
                     right = bool(logits.argmax() == p.argmax())
+                reached = right_so_far
                 right_so_far = right_so_far and right
                 total = total + pair_loss / denominators[k]
-                sums[k] += torch.tensor([pair_loss.item(), right, alpha.item(), right_so_far], dtype=torch.float64)
+                sums[k] += torch.tensor([pair_loss.item(), right, alpha.item(), right_so_far, reached], dtype=torch.float64)
                 counts[k] += 1
     assert targets.counts.tolist() == counts and min(counts) > 0
     total.backward()
@@ -240,7 +241,7 @@ def test_a_batch_without_targets_has_no_loss_and_zero_gradients(keys, loss):
     result = speculator(batch, BaseStates(torch.randn(3, 17, HIDDEN)), targets, targets.counts, Readout(VOCAB, HIDDEN, 1e-5, tied=True))
     result.total.backward()
     assert result.total.item() == 0
-    assert result.sums.shape == (3, 4) and not result.sums.any()
+    assert result.sums.shape == (3, 5) and not result.sums.any()
     assert all(not parameter.grad.any() for parameter in speculator.parameters())
 
 
