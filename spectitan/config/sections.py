@@ -219,7 +219,7 @@ class Objective:
         "alpha is; ce_argmax: cross-entropy against p's likeliest token. Or weights of several: "
         '{"ce": 0.1, "tv": 0.9}',
     )
-    chunk_rows: int = key(-1, "rows of logits alive at once; -1: worked out (CPU: near 64 MB, at most 1024)", minimum=-1)
+    chunk_rows: int = key(-1, "rows of logits alive at once; -1: worked out (CPU: at most 512, 32 MB)", minimum=-1)
 
 
 @dataclass

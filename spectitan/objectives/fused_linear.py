@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial
 from spectitan.config.loss_mixture import loss_weights, needs_teacher
 from spectitan.objectives.block_passes import block_pass
 from spectitan.objectives.vocab_parallel import VOCAB_PARALLEL, vocab_parallel_loss
+from spectitan.types import to_device
 
 
 class Teacher(NamedTuple):
@@ -137,13 +138,13 @@ class _Chunks:
     def _teachers(self, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the distinct rows among teacher_rows; and the place of each row among them."""
         distinct, place = torch.unique_consecutive(teacher_rows, return_inverse=True)
-        hidden = self.teacher.hidden[distinct.to(self.logits.device, non_blocking=True)]
+        hidden = self.teacher.hidden[to_device(distinct, self.logits.device)]
         logits = self.teacher_logits[: len(hidden)]
         if logits.dtype == self.logits.dtype:
             torch.mm(hidden, self.teacher.weight.T, out=logits)
         else:
             logits.copy_(torch.mm(hidden, self.teacher.weight.T, out=self.logits[: len(hidden)]))
-        return logits, place.to(self.logits.device, non_blocking=True)
+        return logits, to_device(place, self.logits.device)
 
 
 def _row_pass(weight: Tensor) -> Callable:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from spectitan.objectives.row_passes import LOWEST
+from spectitan.types import to_device
 
 if typing.TYPE_CHECKING:
     from spectitan.objectives.fused_linear import Teacher
@@ -212,10 +213,10 @@ class _DistinctRows:
         """Distributions of a chunk, and int64 [ranks * rows], the place of each of its rows among them."""
         distinct, place = self.chunks[number]
         device, most = self.teacher.hidden.device, max(1, self.most[number])
-        hidden = _pad(self.teacher.hidden.index_select(0, distinct.to(device, non_blocking=True)), most)
+        hidden = _pad(self.teacher.hidden.index_select(0, to_device(distinct, device)), most)
         place = _pad(place, rows) + self.part.mesh.get_local_rank() * most
         p = _distributions(torch.mm(self.part.gather(hidden), self.teacher.weight.T).to(dtype), self.part)
-        return p, self.part.gather(place.to(device, non_blocking=True))
+        return p, self.part.gather(to_device(place, device))
 
 
 def _distributions(logits: Tensor, part: _Part) -> _Distributions:
