@@ -11,7 +11,7 @@ from torch import nn
 from spectitan.config.manager import Config
 from spectitan.data.loader import Loader, build_loader
 from spectitan.data.progress import Progress
-from spectitan.data.tokenizer import Tokenizer
+from spectitan.data.tokenizer import load_tokenizer
 from spectitan.data.validation import check_seq_length, read_held_out
 from spectitan.distributed.fsdp import apply_fsdp, resolve_compute_dtype
 from spectitan.distributed.mesh import Distributed, init_distributed
@@ -32,7 +32,7 @@ from spectitan.training.compile import apply_compile
 logger = logging.getLogger(__name__)
 
 
-def fill_states(config: Config, tokenizer: Tokenizer) -> None:
+def fill_states(config: Config) -> None:
     """Computes the states of all samples that a run of these keys reads, and of its held-out samples, but for those that are there.
 
     What was stopped goes on. Any number of processes, of torchrun or not, may fill one folder.
@@ -43,12 +43,12 @@ def fill_states(config: Config, tokenizer: Tokenizer) -> None:
     parallelism = config.parallelism
     world = init_distributed(parallelism.sharding_strategy, tp_size=parallelism.tp_size, dp_replicate=parallelism.dp_replicate)
     try:
-        _fill(config, tokenizer, world)
+        _fill(config, world)
     finally:
         world.close()
 
 
-def _fill(config: Config, tokenizer: Tokenizer, world: Distributed) -> None:
+def _fill(config: Config, world: Distributed) -> None:
     base_path = resolve_base_path(config.base.path)
     base_config = choose_config(config.base.arch, config.base.variant, base_path)
     check_tensor_parallel(arch_of(base_config), base_config, config.parallelism.tp_size)
@@ -58,7 +58,7 @@ def _fill(config: Config, tokenizer: Tokenizer, world: Distributed) -> None:
         folder, base=fingerprint(base_path, base_config), layers=taps, hidden_size=base_config.hidden_size, dtype=config.states.dtype,
         make=True, allow_other=config.base.allow_other,
     )  # fmt: skip
-    micro_batch_size = config.training.micro_batch_size
+    tokenizer, micro_batch_size = load_tokenizer(base_path, base_config.vocab_size), config.training.micro_batch_size
     loader = build_loader(
         config.data, tokenizer, seed=config.job.seed, global_batch_size=world.world_size * micro_batch_size,
         micro_batch_size=micro_batch_size, rank=world.rank, world_size=world.world_size,

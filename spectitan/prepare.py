@@ -55,11 +55,11 @@ def prepare(config: Config, stop: StopSignal) -> None:
     """The program's work."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if not is_main:  # of torchrun, which is for prepare.states
-        fill_states(config, load_tokenizer(resolve_base_path(config.base.path), None))
-        return
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun: states are all that is divided over processes
+        fill_states(config)
+        return
     base_path = resolve_base_path(config.base.path)
     if config.prepare.token_freq:
         check_can_be_written("prepare.token_freq", str(Path(config.prepare.token_freq).parent))
@@ -80,7 +80,7 @@ def prepare(config: Config, stop: StopSignal) -> None:
     if config.prepare.generate:
         generate_data(config, tokenizer, prompts)
     if config.prepare.states:
-        fill_states(config, tokenizer)
+        fill_states(config)
 
 
 def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:

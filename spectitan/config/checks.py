@@ -73,9 +73,11 @@ def check_combinations(config: Config, program: str) -> None:
         _require(token_freq.endswith(".pt") or not token_freq, f"prepare.token_freq = {token_freq!r}; allowed: a file that ends in .pt")
         samples, start = config.prepare.generate_samples, config.prepare.generate_start
         given = f"prepare.generate_samples = {samples} and prepare.generate_start = {start}"
+        prepare, processes = config.prepare, int(os.environ.get("WORLD_SIZE", "1"))
+        others = prepare.tokenizer_vocab_size or prepare.num_prompts or prepare.token_freq or prepare.generate
         _require(
-            config.prepare.states or int(os.environ.get("WORLD_SIZE", "1")) == 1,
-            "prepare in several processes: only prepare.states = true is divided over them; allowed: that, or one process",
+            processes == 1 or (prepare.states and not others),
+            f"prepare in {processes} processes: only prepare.states = true is divided over them; allowed: that alone, or one process",
         )
         if config.prepare.states:
             family = config.speculator.type

@@ -19,7 +19,7 @@ import numpy as np
 from spectitan.data.packing import PackedDataset
 from spectitan.errors import UserError
 from spectitan.files import read_json
-from spectitan.states.cache_files import SHARD_BYTES, Shard, ShardWriter
+from spectitan.states.cache_files import SHARD_BYTES, DamagedCache, Shard, ShardWriter
 from spectitan.states.precision import DTYPES, Stored, bytes_per_token, copy_bytes, first_bad, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class StatesCache:
             into: [len(taken), batch, seq, ...], on the CPU.
 
         Raises:
-            DamagedCache: the states are not as they were written.
+            DamagedCache: the states are not as they were written, or not finite.
             UserError: they are of other token ids.
         """
         if place.record["ids"] != sample_hash(tokens, documents):
@@ -117,6 +117,13 @@ class StatesCache:
             )
         self._limit_maps(place.shard)
         copy_bytes(place.shard.read(place.record), len(self.columns), taken, row, into)
+        length = int(place.record["tokens"])
+        for index, column in enumerate(taken):
+            part = Stored(*(tensor if tensor is None else tensor[index : index + 1, row, :length] for tensor in into))
+            bad = first_bad(part)
+            if bad is not None:
+                where = _name(self.columns[column])
+                raise DamagedCache(place.shard.states, f"sample {place.record['sample']}: {where} at token {bad[1]} is not finite")
 
     def _limit_maps(self, shard: Shard) -> None:
         """Of many shards only the last ones used stay mapped."""
@@ -162,10 +169,9 @@ class CacheWriter:
         bad = first_bad(states)
         if bad is not None:
             column, token = self._columns[bad[0]], bad[1]
-            where = "the final state" if column == FINAL else f"the state of layer {column}"
             dtype = str(self._dtype).removeprefix("torch.")
             raise UserError(
-                f"sample {sample} of dataset {dataset}: {where} at token {token} is not finite as {dtype}, and is not cached; "
+                f"sample {sample} of dataset {dataset}: {_name(column)} at token {token} is not finite as {dtype}, and is not cached; "
                 "allowed: a sound base; states.dtype = bfloat16 or float32 where float16 is too narrow"
             )
         self._shards.add(dataset, sample, sample_hash(tokens, documents), len(tokens), to_bytes(states))
@@ -173,6 +179,10 @@ class CacheWriter:
     def close(self) -> None:
         """What was added is on the disk, and stays."""
         self._shards.finish()
+
+
+def _name(column: int) -> str:
+    return "the final state" if column == FINAL else f"the state of layer {column}"
 
 
 def sample_hash(tokens: np.ndarray, documents: np.ndarray) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from spectitan import prepare, train
 from spectitan.models.decoder import Decoder
+from spectitan.models.registry import fill_model
 from spectitan.states import cache_files
 from spectitan.training.checkpoint import read_tensors
 from tests.integration import processes, tiny
@@ -88,10 +89,14 @@ def test_a_cache_filled_ahead_is_what_training_reads(world, filled, tmp_path, mo
         keys |= {"speculator__type": family}
         online, run = tmp_path / f"online_{family}", tmp_path / family
         assert train.main(world.flags(online, **keys)) == 0
+        made = []
         with monkeypatch.context() as without:
             without.setattr(Decoder, "forward", None)
+            without.setattr(
+                train, "fill_model", lambda model, *rest: (made.extend(dict(model.named_parameters())), fill_model(model, *rest))
+            )
             assert train.main(world.flags(run, **keys, **offline)) == 0
-        assert losses(run) == losses(online)
+        assert losses(run) == losses(online) and set(made) == {"readout.embedding.weight", "readout.norm.weight"}  # its head is tied
         assert (run / "evaluations.jsonl").read_text() == (online / "evaluations.jsonl").read_text() != ""
     assert prepare.main(world.flags(tmp_path / "again", **EAGLE3, states__hidden_states_path=filled, prepare__states="true")) == 0
     assert ": 0 samples added, " in capsys.readouterr().out
@@ -411,11 +416,29 @@ def other_ids(states: Path) -> Path:
     return largest.with_suffix(".states")
 
 
-@pytest.mark.parametrize("damage", [truncated, altered, truncated_index, altered_index, altered_header, altered_meta, other_ids])
+def not_finite(states: Path) -> Path:
+    """With checksums that are right."""
+    largest = max(states.glob("*.index"), key=lambda path: path.stat().st_size)
+    header, _, content = largest.read_bytes().partition(b"\n")
+    records, numbers = np.frombuffer(content, cache_files.RECORD).copy(), np.fromfile(largest.with_suffix(".states"), np.float32)
+    for record in records:
+        start, size = record["offset"] // 4, record["tokens"] * 4 * tiny.CONFIG.hidden_size  # three layers and the final state
+        numbers[start + size - 1] = np.nan
+        record["states"] = zlib.crc32(numbers[start : start + size])
+        record["self"] = zlib.crc32(record.tobytes()[:-4])
+    numbers.tofile(largest.with_suffix(".states"))
+    largest.write_bytes(header + b"\n" + records.tobytes())
+    return largest.with_suffix(".states")
+
+
+@pytest.mark.parametrize(
+    "damage", [not_finite, truncated, altered, truncated_index, altered_index, altered_header, altered_meta, other_ids]
+)
 def test_a_damaged_cache(world, filled, tmp_path, refused, damage):
     shutil.copytree(filled, tmp_path / "states")
     file = damage(tmp_path / "states")
-    assert str(file) in refused(world.flags(tmp_path / "run", **FIVE_STEPS, states__hidden_states_path=tmp_path / "states"))
+    line = refused(world.flags(tmp_path / "run", **FIVE_STEPS, states__hidden_states_path=tmp_path / "states"))
+    assert str(file) in line and (damage is not not_finite or "the final state at token 30 is not finite" in line)
 
 
 def test_states_that_are_not_finite(world, tmp_path, refused):
