@@ -1,6 +1,6 @@
 """Kills ranks of running jobs at random moments, again and again: what is left at the end must be what an undisturbed run leaves.
 
-    python benchmarks/soak.py                                # 24 kills over four layouts, from the root of a checkout
+    python benchmarks/soak.py                                # 20 kills over four layouts, from the root of a checkout
     python benchmarks/soak.py --kills 2 --layouts fsdp_2     # a quick look
 
 Each layout is one job under `torchrun --max-restarts`, on a tiny base, that saves every few steps and evaluates now and then. One
@@ -120,8 +120,8 @@ def soak(layout: str, world: tiny.Tiny, steps: int, kills: int, dice: random.Ran
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=6, help="of each layout")
-    parser.add_argument("--steps", type=int, default=120, help="of each job")
+    parser.add_argument("--kills", type=int, default=5, help="of each layout")
+    parser.add_argument("--steps", type=int, default=90, help="of each job")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "soak.json"))

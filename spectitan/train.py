@@ -477,7 +477,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluates and exports, unless an earlier start of this run has done so."""
-        self.watchdog.phase("evaluating and exporting", processor_counts=True)
+        self.watchdog.phase("evaluating and exporting", no_collectives=True)
         measurable = bool(self.prompts or self.validation)
         utils.on_main(lambda: finish_run(self._config_of_last_checkpoint(), self.checkpoint, self.step, measurable))
 
@@ -511,7 +511,7 @@ def train(config: Config, stop: StopSignal) -> None:
     )  # fmt: skip
     try:
         with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
-            with Watchdog(config.job.timeout, "spectitan.train") as watchdog:
+            with Watchdog(config.job.timeout, "spectitan.train", gpu=world.device.type == "cuda") as watchdog:
                 trainer = Trainer(config, world, run_folder, watchdog)
                 with contextlib.closing(trainer.metrics), contextlib.closing(trainer):
                     if config.job.init_only:

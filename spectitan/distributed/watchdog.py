@@ -19,7 +19,7 @@ _LOOKS = 60  # in the time limit
 _ENOUGH = 0.85  # of the limit: to end everything takes a moment too
 _LATE = 4  # looks without news of a process after which it counts as silent
 _COLLECTIVES = os.path.join("torch", "distributed")
-_BUSY = 0.1  # of a core: so much use of the processor is a sign of life, where `phase` says so
+_BUSY = 0.1  # of a core: so much use of the processor is a sign of life
 
 
 @dataclass
@@ -84,10 +84,11 @@ class Watchdog:
     Args:
         timeout: in seconds; 0: nothing is watched.
         program: how the line begins.
+        gpu: the work is done there: a process that waits for it uses the processor all the same.
     """
 
-    def __init__(self, timeout: float, program: str):
-        self._timeout, self._program = timeout, program
+    def __init__(self, timeout: float, program: str, gpu: bool = False):
+        self._timeout, self._program, self._gpu = timeout, program, gpu
         self._rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # Ranks tell each other through the store of the process group. It may lie in rank 0's process, and fail with it.
         self._store_fails_with_rank_0 = self._rank > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -100,14 +101,14 @@ class Watchdog:
 
     # ---- the training loop ----
 
-    def phase(self, doing: str, processor_counts: bool = False) -> None:
-        """From here on signs of life count.
+    def phase(self, doing: str, no_collectives: bool = False) -> None:
+        """From here on signs of life count. The use of the processor is one, unless it may be a wait for the GPUs of other ranks.
 
         Args:
             doing: "saving", for instance.
-            processor_counts: the use of the processor is one. Waiting for another rank's GPU uses it too.
+            no_collectives: on GPUs.
         """
-        self._timed_step, self._use_counts = None, processor_counts
+        self._timed_step, self._use_counts = None, no_collectives or not self._gpu
         self._own.place = f"while {doing}" + (f" after step {self._step}" if self._step else "")
         self.mark()
         self._news.set()
@@ -115,7 +116,7 @@ class Watchdog:
     def step(self, number: int, timed: bool) -> None:
         """An optimizer step begins. One that is not timed, since it may compile, is like a phase."""
         self._step, self._own.place = number, f"at step {number}"
-        self._timed_step, self._use_counts = number if timed else None, False
+        self._timed_step, self._use_counts = number if timed else None, not self._gpu
         self.mark()
         self._news.set()
 

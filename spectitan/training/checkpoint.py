@@ -24,7 +24,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 
+from spectitan import heartbeat
 from spectitan.config.sections import Checkpoint as CheckpointKeys
 from spectitan.distributed import utils
 from spectitan.errors import UserError
@@ -313,8 +315,14 @@ def move_aside(path: str | os.PathLike) -> Path | None:
     return utils.on_main(rename)
 
 
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        heartbeat.beat()
+        return super().resolve_tensor(read_item)
+
+
 def _read_in_place(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _no_warning_about_one_process():
             dcp.load(tensors, storage_reader=RestrictedReader(path), planner=planner, no_dist=alone or not dist.is_initialized())

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from spectitan import train
-from spectitan.training.checkpoint import read_state
+from spectitan.training.checkpoint import Checkpointer, read_state
+from spectitan.training.checkpoint_writing import TensorWriter
 from tests.integration import processes, tiny
 from tests.integration.processes import wait_for
 
@@ -81,6 +83,36 @@ def test_kill_9_at_a_random_time(world, whole, tmp_path):
         assert process.exitcode in (-signal.SIGKILL, 0), (seed, (tmp_path / "output").read_text())
     assert train.main(flags) == 0, seed
     assert_as_uninterrupted(tmp_path / "run", whole)
+
+
+# ---- written beside training ----
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(world, whole, tmp_path, monkeypatch):
+    """The first one is held up until the second is asked for."""
+    asked, during = threading.Event(), []
+    write, finish, train_step = TensorWriter.write, Checkpointer.finish, train.Trainer._train_step
+
+    def held_up(self):
+        assert asked.wait(100)
+        return write(self)
+
+    def finishing(self):
+        asked.set()
+        return finish(self)
+
+    def noting_step(self, *args):
+        if not asked.is_set() and self.checkpointer.under_way:
+            during.append(self.step + 1)
+        return train_step(self, *args)
+
+    monkeypatch.setattr(TensorWriter, "write", held_up)
+    monkeypatch.setattr(Checkpointer, "finish", finishing)
+    monkeypatch.setattr(train.Trainer, "_train_step", noting_step)
+    assert train.main(world.flags(tmp_path / "run", **RUN)) == 0
+    assert during == [5, 6, 7, 8]
+    for step in (4, 8, 12, STEPS):
+        tiny.assert_same_training(tmp_path / "run", whole, step)
 
 
 # ---- stopped ----
