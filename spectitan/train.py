@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spectitan import heartbeat, program
 from spectitan.config.manager import Config
+from spectitan.config.run_name import fill_run_name
 from spectitan.data.loader import SAMPLE_BITS, build_loader, sample_place
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
@@ -62,6 +63,7 @@ from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoint
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity, run_identity, warn_of_other_text
 from spectitan.training.intervals import is_due, next_due, steps_of
+from spectitan.training.loggers import check_loggers
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rate, step_if_finite
 from spectitan.training.reporter import Reporter
@@ -89,6 +91,7 @@ class Trainer:
                 f"training.global_batch_size = {self.global_batch_size}: allowed are multiples of "
                 f"training.micro_batch_size x processes = {micro_batch_size} x {ranks}"
             )
+        utils.on_main(lambda: check_loggers(config.metrics.loggers))
         self.base_path = resolve_base_path(config.base.path)
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
         check_tensor_parallel(arch_of(base_config), base_config, config.parallelism.tp_size)
@@ -159,8 +162,11 @@ class Trainer:
         if world.rank == 0:
             self.speculator.write_files(self.folder)
         self.metrics = MetricsLogger(
-            config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, run_name=config.job.run_name
-        )
+            config.metrics, self.folder, total_steps=self.total_steps, start_step=self.step, about=self.identity,
+            run_name=fill_run_name(
+                config.job.run_name, speculator=config.speculator.type, base=Path(config.base.path).name, seed=config.job.seed
+            ),
+        )  # fmt: skip
         self.best = None
         if config.checkpoint.save_best != "none":
             self.best = Best(config.checkpoint.save_best, self.checkpointer.folder, self.metrics.evaluations)

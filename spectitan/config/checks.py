@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spectitan.config.keys import toml_value
 from spectitan.config.loss_mixture import loss_weights
+from spectitan.config.run_name import check_run_name
 from spectitan.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -55,6 +56,7 @@ def check_combinations(config: Config, program: str) -> None:
     _require(config.job.dump_folder, 'job.dump_folder = ""; allowed: a folder')
     name = config.job.run_name
     _require(name in ("", Path(name).name) and name != "..", f"job.run_name = {name!r}; allowed: a name without /")
+    check_run_name(name)
     loss_weights(config.objective.loss)
     _check_data(config)
     _check_tree(config)
@@ -115,6 +117,8 @@ def _check_data(config: Config) -> None:
         both = all(names) or not any(names) or names == ("", default)  # the first alone, set to "", says that there is neither
         given = f"data.{first} = {names[0]!r} and data.{second} = {names[1]!r}"
         _require(both, f'{given} are one column of two; allowed: both, or data.{first} = "" for neither')
+    if config.data.loader_workers == 0:
+        _refuse_unused(config, "data", ["prefetch_factor"], "data.loader_workers = 0")
     if weights:
         as_many = len(weights) == len(datasets)
         _require(as_many, f"data.weights has {len(weights)} numbers and data.datasets {len(datasets)} names; allowed: as many")

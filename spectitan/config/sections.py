@@ -20,7 +20,11 @@ def key(default, help: str, choices: tuple = (), minimum: float | None = None, a
 class Job:
     config_file: str = key("", "TOML file with these tables; command-line flags win over it")
     dump_folder: str = key("outputs", "the run's folder: config.toml, metrics.jsonl, evaluations.jsonl, checkpoints/, export/, report.json")
-    run_name: str = key("", "name of the run: sub-folder of TensorBoard's folder, for runs that share metrics.dir")
+    run_name: str = key(
+        "",
+        "name of the run in metrics.loggers (TensorBoard: a sub-folder), with placeholders: {time}, {utc_time}, {speculator}, {base}, "
+        "{seed}, {rank}, {local_rank}; empty: none in TensorBoard, elsewhere the dump_folder's",
+    )
     seed: int = key(42, "seed of initialisation, sample order and sampling", minimum=0)
     deterministic: bool = key(False, "use deterministic kernels only: the same run gives the same bits")
     threads: int = key(-1, "CPU threads of this process; -1 leaves PyTorch's choice", minimum=-1)
@@ -137,6 +141,7 @@ class Data:
     cache_dir: str = key("", "folder of tokenised shards; empty: ~/.cache/spectitan (or $SPECTITAN_CACHE)")
     tokenizer_threads: int = key(-1, "threads that tokenise; -1: one a core", minimum=-1)
     loader_workers: int = key(0, "processes that read samples during training; 0: the trainer itself", minimum=0)
+    prefetch_factor: int = key(2, "micro-batches that each of these processes reads ahead", minimum=1)
 
 
 @dataclass
@@ -297,8 +302,17 @@ class Checkpoint:
 @dataclass
 class Metrics:
     report_interval: int = key(10, "steps between reports", minimum=1)
-    loggers: list[str] = key(["tensorboard"], "beside the console and metrics.jsonl", choices=("tensorboard",))
-    dir: str = key("", "folder of the loggers' files; empty: dump_folder/tensorboard")
+    loggers: list[str] = key(
+        ["tensorboard"],
+        "beside the console and metrics.jsonl; all but tensorboard need their package (pip install spectitan[wandb])",
+        choices=("tensorboard", "wandb", "trackio", "mlflow"),
+    )
+    dir: str = key(
+        "",
+        "folder of the loggers' files (trackio has its own, TRACKIO_DIR; mlflow writes none where MLFLOW_TRACKING_URI says a place); empty: "
+        "dump_folder, for tensorboard tensorboard/ in it",
+    )
+    project: str = key("spectitan", "wandb and trackio: project; mlflow: experiment")
 
 
 @dataclass

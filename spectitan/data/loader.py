@@ -125,6 +125,7 @@ class Loader:
                 batch_size=None,
                 sampler=PositionSampler(position, global_batch_size, micro_batch_size, rank, world_size),
                 num_workers=data.loader_workers,
+                prefetch_factor=data.prefetch_factor if data.loader_workers else None,
                 collate_fn=_as_it_is,
                 worker_init_fn=partial(_leave_signals_to, os.getpid()),
                 pin_memory=torch.cuda.is_available(),

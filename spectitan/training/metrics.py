@@ -1,4 +1,4 @@
-"""What a run says while it trains: a console line a report, a progress bar, TensorBoard, metrics.jsonl, evaluations.jsonl."""
+"""What a run says while it trains: a console line a report, a progress bar, metrics.jsonl, evaluations.jsonl, other loggers."""
 
 import json
 import logging
@@ -14,8 +14,8 @@ import torch
 
 from spectitan.config.sections import Metrics
 from spectitan.distributed import utils
-from spectitan.errors import UserError
 from spectitan.files import write_whole
+from spectitan.training.loggers import Run, open_loggers, read_names, write_names
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +30,36 @@ class MetricsLogger:
     so that every step appears once. What cannot be written is an OSError on every rank.
 
     Args:
-        config: loggers beside console and the two files, and their folder.
+        config: loggers beside console and the two files, their folder and project.
         folder: the run's dump_folder.
         total_steps: of the whole run.
         start_step: steps done before this process.
-        run_name: sub-folder of TensorBoard's folder, so that runs can share one.
+        run_name: what the run is called there, when it begins; one that goes on keeps its name.
+        about: section.key -> value, what the loggers are told of the run.
 
     Attributes:
         evaluations: the records of evaluations.jsonl, those of earlier starts first.
     """
 
-    def __init__(self, config: Metrics, folder: str | os.PathLike, *, total_steps: int, start_step: int, run_name: str = ""):
-        self.folder, self.total_steps, self.file, self.tensorboard, self.bar = Path(folder), total_steps, None, None, None
-        self.evaluations = utils.on_main(lambda: self._open(config, start_step, run_name)) or []
+    def __init__(
+        self,
+        config: Metrics,
+        folder: str | os.PathLike,
+        *,
+        total_steps: int,
+        start_step: int,
+        run_name: str = "",
+        about: dict | None = None,
+    ):
+        self.folder, self.total_steps, self.file, self.loggers, self.bar = Path(folder), total_steps, None, [], None
+        self.evaluations = utils.on_main(lambda: self._open(config, start_step, run_name, about or {})) or []
 
-    def _open(self, config: Metrics, start_step: int, run_name: str) -> list[dict]:
+    def _open(self, config: Metrics, start_step: int, run_name: str, about: dict) -> list[dict]:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             truncate_after(self.folder / name, start_step)
         self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        if "tensorboard" in config.loggers:
-            self.tensorboard = _open_tensorboard(Path(config.dir or self.folder / "tensorboard") / run_name, start_step)
+        self._open_loggers(config, start_step, run_name, about)
         if sys.stderr.isatty():
             self.bar = ProgressBar(self.total_steps, start_step)
         self.peak_flops = device_peak_flops()
@@ -60,6 +69,17 @@ class MetricsLogger:
         )
         path = self.folder / "evaluations.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def _open_loggers(self, config: Metrics, start_step: int, run_name: str, about: dict) -> None:
+        known = read_names(self.folder) if start_step else {}
+        run = Run(known.pop("name", run_name), self.folder, about, start_step, known)
+        self.loggers = open_loggers(config, run)
+        if run.name or run.known:
+            write_names(self.folder, {"name": run.name, **run.known})
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for each in self.loggers:
+            each.log(values, step)
 
     def advance(self, step: int) -> None:
         """A step is done: moves the progress bar, where there is a terminal."""
@@ -114,12 +134,7 @@ class MetricsLogger:
         utils.on_main(lambda: _append(self.file, record))
         if self.file is None:
             return
-        if self.tensorboard:
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, step)
-            for name, values in per_head.items():
-                for head, value in enumerate(values):
-                    self.tensorboard.add_scalar(f"{name}/head_{head}", value, step)
+        self._log(scalars | {f"{name}/head_{head}": value for name, values in per_head.items() for head, value in enumerate(values)}, step)
         logger.info("%s", self._line(step, scalars, per_head, state_counts))
 
     def _line(self, step: int, scalars: dict[str, float], per_head: dict[str, list[float]], state_counts: dict[str, int] | None) -> str:
@@ -141,7 +156,7 @@ class MetricsLogger:
         return " | ".join([*parts, f"{scalars['peak_memory'] / 1e9:.2f} GB", flops])
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """An evaluation's results, by name: console, TensorBoard and evaluations.jsonl."""
+        """An evaluation's results, by name: console, evaluations.jsonl and loggers."""
         utils.on_main(lambda: self._evaluation(step, values))
         self.evaluations.append({"step": step, **values})
 
@@ -150,15 +165,13 @@ class MetricsLogger:
             _append(file, {"step": step, **values})
         short = {name: value for name, value in values.items() if "/" not in name or name.startswith(("heldout_loss", "heldout_accuracy"))}
         logger.info("step %d evaluation | %s", step, " | ".join(f"{name} {value:.4g}" for name, value in short.items()))
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"evaluation/{name}", value, step)
+        self._log({f"evaluation/{name}": value for name, value in values.items()}, step)
 
     def close(self) -> None:
         if self.bar:
             self.bar.clear()
-        if self.tensorboard:
-            self.tensorboard.close()
+        for each in self.loggers:
+            each.close()
         if self.file:
             self.file.close()
 
@@ -234,11 +247,3 @@ def device_peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((flops for part, flops in _PEAK_FLOPS.items() if all(word in name for word in part.split())), None)
-
-
-def _open_tensorboard(folder: str | os.PathLike, start_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("metrics.loggers has tensorboard, which is not installed: pip install tensorboard, or set it to []") from error
-    return SummaryWriter(str(folder), purge_step=start_step + 1)

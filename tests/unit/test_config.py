@@ -285,6 +285,8 @@ def test_family_in_file_must_be_known(toml_file):
         (["--stage2.start_step=10"], ["stage2.start_step", "training.num_steps"]),
         (["--stage2.start_step=1", "--speculator.type=none", "--base.freeze=false"], ["stage2.start_step", "base.freeze"]),
         (["--stage2.batch_size=0"], ["stage2.batch_size"]),
+        (["--data.prefetch_factor=4"], ["data.prefetch_factor = 4", "data.loader_workers = 0", "allowed: 2"]),
+        (["--job.run_name={model}"], ["job.run_name", "{model}", "{speculator}"]),
         (["--checkpoint.interval_epochs=0"], ["checkpoint.interval_epochs = 0.0", "-1, or above 0"]),
         (["--checkpoint.interval_epochs=0.5", "--checkpoint.interval=7"], ["checkpoint.interval = 7", "checkpoint.interval_epochs = 0.5"]),
         (["--eval.interval_epochs=2", "--eval.interval=7"], ["eval.interval = 7", "eval.interval_epochs = 2"]),

@@ -25,7 +25,21 @@ VERL = """nproc_per_node save_path model.partial_pretrain model.speculator.n_pre
 ARCTIC = """DATA_GEN TRAIN vllm_tensor_parallel total_num_of_scripts --hf_dataset --max_tokens --gen_temp --tensor_parallel load_hf_dataset
     model.name_or_path n_speculator_heads speculator_width proj_dim emb_dim method data.sources.name_or_path checkpoint.output_dir
     --speculative-config"""
-SYSTEMS = {"llama3.1_8b_fms": FMS, "qwen2.5_0.5b_verl": VERL, "llama3.1_8b_arctic": ARCTIC}  # by the recipe that heads the table
+SPECULATORS = """--verifier-name-or-path --trust-remote-code --speculator-type --from-pretrained --draft-config --dry-run --num-layers
+    --draft-arch --draft-hidden-act --sliding-window --sliding-window-indices --data-path --on-missing --on-generate --hidden-states-path
+    --vllm-endpoint --request-timeout --max-retries --legacy-data --data-format-version --total-seq-len --draft-vocab-size --token-freq-path
+    --d2t-path --t2d-path --mask-token-id --target-layer-ids --save-path --epochs --lr --no-resume-from-checkpoint --logger --log-dir
+    --run-name --seed --hidden-states-dtype --deterministic-cuda --optimizer --weight-decay --muon-lr --muon-momentum --muon-weight-decay
+    --muon-ns-steps --muon-adjust-lr-fn --use-off-policy-tokens --norm-before-residual --no-norm-before-residual --embed-requires-grad
+    --no-embed-requires-grad --norm-before-fc --ttt-steps --ttt-step-loss-decay --draft-attn-impl --block-size --max-anchors
+    --dflash-decay-gamma --num-workers --prefetch-factor --noise-std --checkpoint-freq --save-best --scheduler-type
+    --scheduler-warmup-steps --scheduler-total-steps --scheduler-num-cosine-cycles --nproc_per_node --nnodes"""
+SYSTEMS = {
+    "llama3.1_8b_eagle3": SPECULATORS,
+    "llama3.1_8b_fms": FMS,
+    "qwen2.5_0.5b_verl": VERL,
+    "llama3.1_8b_arctic": ARCTIC,
+}  # by the recipe that heads the table
 
 
 class Row(typing.NamedTuple):
