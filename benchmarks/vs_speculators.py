@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
 
 def write_rows(run: Run) -> None:
-    """ours/ and theirs/, Arrow datasets with hidden_states/ in them; validation/; maps of the draft vocabulary; first/, an untrained one."""
+    """ours/ and theirs/, Arrow datasets with hidden_states/ in them; validation/; maps of the draft vocabulary; first/, untrained."""
     folder, base_path = Path(run.folder), resolve_base_path(run.base)
     base = get_model("auto", "auto", base_path, dtype=getattr(torch, run.dtype)).requires_grad_(False)
     count = run.steps * run.rows
@@ -442,6 +442,13 @@ def print_report(report: dict) -> None:
         print(f"{name}: " + json.dumps(figures))
 
 
+def command_of(arguments: argparse.Namespace) -> str:
+    """Without the paths of this machine."""
+    given = {"base": arguments.base, "draft-vocab-size": arguments.draft_vocab_size, "steps": arguments.steps, "threads": arguments.threads}
+    flags = " ".join(f"--{name} {value}" for name, value in given.items() if value not in ("", -1))
+    return f"python -m benchmarks.vs_speculators --environment DIR {flags}{' --small' if arguments.small else ''}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", type=Path, help="the virtual environment that has the package speculators")
@@ -456,7 +463,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--small", action="store_true", help="a toy model")
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "vs_speculators.json"))
+    parser.add_argument("--output", help="default: results/vs_speculators.json, with what differs from its set-up in its name")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -467,7 +474,7 @@ def main() -> None:
         parser.error("--environment is needed: tests/serving/environment.sh speculators DIR makes one")
 
     dtype = str(resolve_compute_dtype(arguments.dtype, torch.device("cpu"))).removeprefix("torch.")
-    machine = describe_machine()
+    machine = describe_machine() | {"command": command_of(arguments)}
     with tempfile.TemporaryDirectory() as folder:
         base, seq_length = arguments.base, 512
         if not base:
@@ -507,7 +514,10 @@ def main() -> None:
             "speculators": quality(run, theirs, "speculators"),
         }
     print_report(report)
-    Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    differs = {"_reduced": run.reduced, "_pystdlib": arguments.base, "_small": arguments.small}
+    name = "vs_speculators" + "".join(part for part, does in differs.items() if does)
+    output = Path(arguments.output or Path(__file__).parent / "results" / f"{name}.json")
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
