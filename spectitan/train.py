@@ -43,10 +43,11 @@ from spectitan.models.families import arch_of
 from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.objectives.mixture_pass import compile_mixtures
+from spectitan.planning.plan import plan_run
+from spectitan.planning.report import check_fits, describe
 from spectitan.signals import StopSignal
 from spectitan.speculators.base import Speculator
-from spectitan.speculators.joint import Joint
-from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator, new_speculator
+from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_objective, new_speculator
 from spectitan.speculators.serving import choose_format, has_weights
 from spectitan.states.cache import FINAL
 from spectitan.states.cached import CachedStates, Store
@@ -58,6 +59,7 @@ from spectitan.states.sources import check_complete, hidden_states_folder, open_
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.activation_checkpointing import apply_activation_checkpointing
 from spectitan.training.allocator import use_huge_pages
+from spectitan.training.batch_layout import batch_layout
 from spectitan.training.best import Best
 from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
@@ -84,13 +86,7 @@ class Trainer:
 
         # What is checked without work: the layout of a batch, the base's files, the checkpoint to go on from.
         ranks, micro_batch_size = world.world_size, config.training.micro_batch_size
-        self.global_batch_size = config.training.global_batch_size if config.training.global_batch_size > 0 else ranks * micro_batch_size
-        self.accumulation, rest = divmod(self.global_batch_size, ranks * micro_batch_size)
-        if rest:
-            raise UserError(
-                f"training.global_batch_size = {self.global_batch_size}: allowed are multiples of "
-                f"training.micro_batch_size x processes = {micro_batch_size} x {ranks}"
-            )
+        self.global_batch_size, self.accumulation = batch_layout(config.training, ranks)
         utils.on_main(lambda: check_loggers(config.metrics.loggers))
         self.base_path = resolve_base_path(config.base.path)
         base_config = choose_config(config.base.arch, config.base.variant, self.base_path)
@@ -270,11 +266,7 @@ class Trainer:
         self.trained = nn.ModuleDict({"speculator": self.speculator} if config.speculator.type != "none" else {})
         if not config.base.freeze:
             self.trained["base"] = self.base
-        # What the trained parts learn from; with speculator.type = "none" the speculator is the base's own loss.
-        self.objective = self.speculator
-        if len(self.trained) == 2:
-            next_token = build_speculator("none", None, self.base.config, config.objective)
-            self.objective = Joint(next_token, self.speculator, config.training.speculator_loss_coeff, config.training.detach_states)
+        self.objective = build_objective(self.speculator, self.base.config, config.objective, config.training, config.base.freeze)
         self.optimizer = build_optimizer(
             self.trained, config.optimizer, {f"speculator.{name}" for name in self.speculator.inner_matrices()}
         )
@@ -500,7 +492,23 @@ class Trainer:
         return config
 
 
+def show_plan(config: Config) -> None:
+    """`job.plan`: nothing is read but config.json, and that only where base.variant names no size."""
+    if config.speculator.path:
+        trained = find_trained(config)
+        config.adopt_speculator(*family_keys(trained), source=str(trained.path))
+    named = config.base.variant != "auto" and not Path(config.base.path).is_dir()
+    base_config = choose_config(config.base.arch, config.base.variant, "" if named else config.base.path)
+    with torch.device("meta"):
+        speculator = new_speculator(config.speculator.type, config.speculator, base_config, config.objective)
+    plan = plan_run(config, base_config, speculator)
+    print(describe(plan, config.plan))
+    check_fits(plan, config.plan)
+
+
 def train(config: Config, stop: StopSignal) -> None:
+    if config.job.plan:
+        return show_plan(config) if os.environ.get("RANK", "0") == "0" else None
     use_huge_pages()
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -30,6 +30,7 @@ _NOT_ZERO = (
     "optimizer.base_lr",
     "lr_scheduler.total_steps",
     "parallelism.dp_replicate",
+    "plan.world_size",
     "eval.num_prompts",
     "eval.speed_prompts",
     "eval.num_draft_tokens",
@@ -61,7 +62,9 @@ def check_combinations(config: Config, program: str) -> None:
     _check_data(config)
     _check_tree(config)
     _check_draft_config(config)
-    if program in ("train", "prepare"):
+    if program == "train" and config.job.plan:
+        pass  # base.variant may be all that it needs
+    elif program in ("train", "prepare"):
         _require(config.data.path, f"data.path is missing: {program} needs a file or folder of text, or python:stdlib")
         _require(config.base.path, f"base.path is missing: {program} needs a folder with config.json and tokenizer, or spectitan:NAME")
     else:

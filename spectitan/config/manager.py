@@ -30,6 +30,7 @@ class Config:
     job: sections.Job
     base: sections.Base
     parallelism: sections.Parallelism
+    plan: sections.Plan
     speculator: sections.SpeculatorSelection
     data: sections.Data
     training: sections.Training

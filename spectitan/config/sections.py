@@ -28,6 +28,7 @@ class Job:
     seed: int = key(42, "seed of initialisation, sample order and sampling", minimum=0)
     deterministic: bool = key(False, "use deterministic kernels only: the same run gives the same bits")
     threads: int = key(-1, "CPU threads of this process; -1 leaves PyTorch's choice", minimum=-1)
+    plan: bool = key(False, "print what the run asks of the cluster in [plan], memory, work and traffic, without any GPU, and stop")
     init_only: bool = key(False, "build the speculator, initialise and export it, and stop before training")
     timeout: float = key(
         120.0,
@@ -74,6 +75,19 @@ class Parallelism:
     )
     dp_replicate: int = key(-1, "hsdp: copies of the parameters; -1: one a machine", minimum=-1)
     shard_speculator: bool = key(True, "false: each process holds the whole speculator and its optimizer state")
+
+
+@dataclass
+class Plan:
+    """The cluster that job.plan plans for."""
+
+    world_size: int = key(-1, "GPUs; -1: the processes that were started", minimum=-1)
+    gpus_per_node: int = key(8, "GPUs of a node", minimum=1)
+    gpu_memory: float = key(79.0, "GiB of a GPU; an 80 GB card has 79", above=0)
+    headroom: float = key(0.08, "share of it left to CUDA, its libraries and fragmentation", minimum=0, maximum=0.9)
+    gpu_flops: float = key(989.0, "a GPU's peak in 10^12 operations/s, dense, in the compute dtype", above=0)
+    node_bandwidth: float = key(450.0, "10^9 bytes/s that a GPU sends to others of its node", above=0)
+    network_bandwidth: float = key(50.0, "10^9 bytes/s that a GPU sends to other nodes", above=0)
 
 
 @dataclass

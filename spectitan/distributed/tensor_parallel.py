@@ -213,7 +213,8 @@ def apply_tp(base: nn.Module, arch: str, mesh: DeviceMesh) -> None:
     """
     for layer in base.layers:
         parallelize_module(layer, mesh, _PLANS[arch](base.config, mesh.size()))
-    parallelize_module(base.readout, mesh, _READOUT_PLAN)
+    ends = {name: style for name, style in _READOUT_PLAN.items() if getattr(base.readout, name) is not None}  # a head may be dropped
+    parallelize_module(base.readout, mesh, ends)
     if hasattr(base, "positions"):
         parallelize_module(base, mesh, {"positions": PositionsOfRows()})
     if base.readout.tied:

@@ -132,7 +132,7 @@ class Attention(nn.Module):
         else:  # heads that share keys are rows of one head: the keys are read once for all of them
             causal, queries = False, queries.reshape(batch, keys.shape[1], -1, self.head_dim)
         grouped = queries.shape[1] != keys.shape[1]
-        if grouped and mask is not None and x.is_cuda:  # there, no kernel that takes a mask shares heads: all scores would be stored
+        if grouped and mask is not None and not x.is_cpu:  # on a GPU, no kernel that takes a mask shares heads: all scores would be stored
             keys, values = (heads.repeat_interleave(queries.shape[1] // heads.shape[1], 1) for heads in (keys, values))
             grouped = False
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

@@ -112,12 +112,12 @@ def _is_grouped(x: Tensor, matrices: Tensor) -> bool:
 
     On a CPU it has it in float32 as well, but not compiled, and it is the same loop.
     """
-    new_enough = x.device.type == "cpu" or x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    new_enough = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
     return x.dtype == torch.bfloat16 and new_enough and all(size % 8 == 0 for size in matrices.shape[1:])
 
 
 @torch.compiler.disable
 def _product_by_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """The same in any dtype and at any size; the host waits for `ends`."""
-    parts = x.tensor_split(ends[:-1].long().cpu())
+    parts = x.tensor_split(len(matrices) if x.is_meta else ends[:-1].long().cpu())  # meta rows belong to nobody
     return torch.cat([rows @ matrix for rows, matrix in zip(parts, matrices)])

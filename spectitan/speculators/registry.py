@@ -2,10 +2,11 @@
 
 import difflib
 
-from spectitan.config.sections import Objective
+from spectitan.config.sections import Objective, Training
 from spectitan.errors import UserError
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.eagle3 import Eagle3Config, Eagle3Speculator
+from spectitan.speculators.joint import Joint
 from spectitan.speculators.lstm import LstmConfig, LstmSpeculator
 from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
 from spectitan.speculators.next_token import NextToken
@@ -48,6 +49,14 @@ def new_speculator(type: str, config, base_config, objective: Objective) -> Spec
     if type not in SPECULATORS:
         return build_speculator(type, config, base_config, objective)
     return SPECULATORS[type][1].new(config, base_config, objective)
+
+
+def build_objective(speculator: Speculator, base_config, objective: Objective, training: Training, freeze_base: bool) -> Speculator:
+    """What a run learns from: the speculator's loss, with a trained base beside its own; `speculator.type = "none"` is the base's own loss."""
+    if freeze_base or isinstance(speculator, NextToken):
+        return speculator
+    next_token = build_speculator("none", None, base_config, objective)
+    return Joint(next_token, speculator, training.speculator_loss_coeff, training.detach_states)
 
 
 def type_of(speculator: Speculator) -> str:

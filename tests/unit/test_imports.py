@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "decoding": {"models", "speculators"},
     "states": {"models", "data", "decoding", "distributed"},
     "training": {"distributed"},
+    "planning": {"models", "speculators", "states", "decoding", "distributed", "training"},
     "program": {"config"},
     # Shared by programs.
     "evaluation": {"config", "models", "data", "speculators", "decoding", "states", "distributed", "trained"},
