@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectitan import train
 from spectitan.config.manager import Config, load
 from spectitan.models.registry import choose_config, get_model
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
@@ -16,7 +17,18 @@ from spectitan.training.schedule import learning_rate_multiplier
 FOLDER = Path(__file__).parents[2] / "train_configs"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 SEEDS = ["llama3.1_8b_fms", "llama3.1_8b_arctic", "qwen2.5_0.5b_verl", "llama2_7b_verl_lstm"]
+LARGE = [
+    "llama3.1_8b_hsdp",
+    "llama3.1_8b_tp",
+    "llama3.1_70b_fsdp",
+    "llama3.1_70b_hsdp",
+    "llama3.1_70b_tp",
+    "mixtral_8x7b",
+    "gptbigcode_20b",
+]
 PROCESSES = {"llama3.1_8b_fms": 8, "llama3.1_8b_arctic": 8, "qwen2.5_0.5b_verl": 2, "llama2_7b_verl_lstm": 4}
+PROCESSES |= {"llama3.1_8b_tp": 4, "llama3.1_70b_tp": 8, "mixtral_8x7b": 8, "gptbigcode_20b": 8}
+NODES = {"llama3.1_8b_hsdp": 4, "llama3.1_70b_fsdp": 2, "llama3.1_70b_hsdp": 8}  # of eight GPUs
 
 # Parameters of the base, and of the speculator, by hand from the published modules.
 LLAMA_3_V, QWEN_V, LLAMA_2_V = 128256, 151936, 32000
@@ -31,7 +43,22 @@ LSTM_7B = (
     + 2048 * 1024 + LEVEL  # from the sum to the first of inner_dim, and its level
     + LLAMA_2_V * 2048
 )  # fmt: skip
+LSTM_70B = 2 * LLAMA_3_V * 6144 + 4 * (8192 * 6144 + 6144 * 6144) + 2 * 2 * 6144
+MIXTRAL_V, CODE_V = 32000, 49152
+LSTM_MIXTRAL = 2 * MIXTRAL_V * 4096 + 2 * 4 * 4096 * 4096 + 2 * 2 * 4096
+MLP_CODE = 2 * CODE_V * 4096 + 6144 * 4096 + 4096 * 4096 + 2 * 4096
+LLAMA_70B = 2 * LLAMA_3_V * 8192 + 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 8192
+MIXTRAL = 2 * MIXTRAL_V * 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * 4096 + 8 * 3 * 4096 * 14336 + 2 * 4096) + 4096
+CODE_LAYER = 2 * 6144 * 6144 + 2 * 6144 * 128 + 2 * 6144 * 24576 + 2 * 6144 + 2 * 128 + 24576 + 6144 + 4 * 6144  # matrices, biases, norms
+CODE = (CODE_V + 8192) * 6144 + 52 * CODE_LAYER + 2 * 6144
 PARAMETERS = {
+    "llama3.1_8b_hsdp": (8_030_261_248, MLP_8B),
+    "llama3.1_8b_tp": (8_030_261_248, MLP_8B),
+    "llama3.1_70b_fsdp": (LLAMA_70B, LSTM_70B),
+    "llama3.1_70b_hsdp": (LLAMA_70B, LSTM_70B),
+    "llama3.1_70b_tp": (LLAMA_70B, LSTM_70B),
+    "mixtral_8x7b": (MIXTRAL, LSTM_MIXTRAL),
+    "gptbigcode_20b": (CODE, MLP_CODE),
     "llama3.1_8b_fms": (8_030_261_248, MLP_8B),
     "llama3.1_8b_arctic": (8_030_261_248, LSTM_8B),
     "qwen2.5_0.5b_verl": (494_032_768, MLP_QWEN),
@@ -70,7 +97,7 @@ def test_the_figures_of_the_field():
     assert round(LSTM_8B / 1e9, 3) == 1.185 and round(MLP_8B / 1e9, 3) == 1.084
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", SEEDS + LARGE)
 def test_a_recipe_builds(name):
     config = resolved(name)
     base = get_model(config.base.arch, config.base.variant, init="random", device="meta")
@@ -83,11 +110,23 @@ def test_a_recipe_builds(name):
     assert config.base.freeze and config.base.init == "pretrained"
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_its_batch_divides_among_the_processes_of_its_command(name):
     config, processes = resolved(name), PROCESSES[name]
     assert f"torchrun --nproc_per_node {processes} -m" in header(name)
     assert config.training.global_batch_size % (processes * config.training.micro_batch_size) == 0
+
+
+@pytest.mark.parametrize("name", [*LARGE, "llama3.1_8b_fms"])
+def test_its_plan_fits_the_hardware_that_it_names(name, capsys):
+    assert train.main(["--job.config_file", str(FOLDER / f"{name}.toml"), "--job.plan"]) == 0
+    plan, config = capsys.readouterr().out, resolved(name)
+    gpus = NODES[name] * 8 if name in NODES else PROCESSES[name]
+    assert config.plan.world_size == gpus and plan.startswith(f"{gpus} GPUs, ")
+    assert ("stage 2, " in plan) == (config.stage2.start_step >= 0) and ("evaluation, " in plan) == config.eval.at_end
+    if name in NODES:
+        assert f"torchrun --nnodes {NODES[name]} --nproc_per_node 8 " in header(name)
+        assert f"sbatch --nodes {NODES[name]} scripts/train.slurm train_configs/{name}.toml" in header(name)
 
 
 def test_fms_fsdp_cuts_12_prompts_of_a_sample():
