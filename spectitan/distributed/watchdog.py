@@ -197,7 +197,8 @@ class Watchdog:
         if silent := self._silent(self._limit):
             verdict = self._line(silent, "no answer")
         elif clocks.step >= self._limit or clocks.quiet >= self._limit:
-            silent = self._silent(_LATE * self._look)
+            longest = max(clocks.silence)  # on a loaded machine others may be late too
+            silent = self._silent(max(_LATE * self._look, longest / 2))
             verdict = self._line(silent, "no answer") if silent else self._line(self._behind(), "no progress")
         return _Record(verdict=verdict, author=self._rank) if verdict else None
 
