@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.loading import free_port
 from tests.integration import tiny
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -54,3 +57,38 @@ def test_arctic_from_data_to_serve_command(tmp_path):
     printed = run("arctic_quickstart.sh", variables | {"DATA_GEN": 0, "TRAIN": 0}, *keys, "--export.path", str(again))
     assert f"vllm serve {world.root}/base --speculative-config" in printed
     assert exported == ((again / "config.json").read_bytes(), (again / "model.safetensors").read_bytes())
+
+
+# In place of SLURM: a step runs here, the only host is this one, and a job that goes back into the queue leaves a file.
+SRUN = 'while [[ $1 == --* ]]; do shift; done\nexec "$@"'
+SCONTROL = '[ "$1" = show ] && echo 127.0.0.1 || touch "$REQUEUED"'
+TORCHRUN = 'exec "$PYTHON" -m torch.distributed.run "$@"'
+
+
+def test_a_slurm_job_saves_when_its_time_is_up_goes_back_into_the_queue_and_then_to_its_end(tmp_path):
+    world, commands = tiny.make(tmp_path / "tiny"), tmp_path / "bin"
+    commands.mkdir()
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1]", "SLURM_JOB_NUM_NODES": "1", "NPROC": "1", "PORT": str(free_port())}
+    environment = (
+        os.environ | job | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable, "REQUEUED": str(tmp_path / "queue")}
+    )
+    endless, run = 10**6, tmp_path / "run"
+    keys = [f"--job.dump_folder={run}", "--eval.at_end=false", "--export.format=none", "--metrics.report_interval=1"]
+    command = ["bash", SCRIPTS / "train.slurm", world.config, *keys, f"--checkpoint.interval={endless}"]
+    with open(tmp_path / "output", "w") as output:
+        job = subprocess.Popen(
+            [*command, f"--training.num_steps={endless}"], env=environment, cwd=SCRIPTS.parent, stdout=output, stderr=output
+        )
+        while not (run / "metrics.jsonl").is_file() or not tiny.reports(run):
+            assert job.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait() != 0 and (tmp_path / "queue").exists(), (tmp_path / "output").read_text()
+    (saved,) = (run / "checkpoints").iterdir()
+    (tmp_path / "queue").unlink()
+    more = f"--training.num_steps={int(saved.name[-8:]) + 2}"
+    done = subprocess.run([*command, more], env=environment, cwd=SCRIPTS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"resumed from {saved}" in done.stderr and not (tmp_path / "queue").exists(), done.stderr
