@@ -278,7 +278,11 @@ class _Rehearsal:
         """Whether rank 0 will draft and verify, or measure, with everything in float32."""
         config = self.config
         drafts = config.eval.prompts != "none" and config.speculator.type != "none"
-        return config.eval.at_end and bool(drafts or config.data.holdout or config.data.val_path) or bool(config.eval.interval and drafts)
+        return (
+            config.eval.at_end
+            and bool(drafts or config.data.holdout or config.data.val_path)
+            or bool((config.eval.interval or config.eval.interval_epochs > 0) and drafts)
+        )
 
     def _stage_1(self) -> StagePlan:
         rows, length = self.config.training.micro_batch_size, self.config.data.seq_length
