@@ -225,6 +225,8 @@ class Trainer:
         """Without a base: says which samples of the run have no states, before the work begins."""
         loader, on_missing = self.loader, self.config.states.on_missing
         on_missing = "raise" if on_missing == "auto" else on_missing
+        if isinstance(self.store, DocumentFiles) and len(loader.samples) == 1:
+            self.store.rows_of = loader.samples[0]
         samples = samples_of_run(loader.order, position, self.total_steps * self.global_batch_size)
         check_complete(self.store, loader.samples, samples, loader.datasets, on_missing)
         if self.eval_interval < self.total_steps or self.config.checkpoint.save_best != "none":

@@ -167,6 +167,7 @@ def _check_states(config: Config) -> None:
     if states.source == "online":
         path = states.hidden_states_path
         _require(not path, f"states.hidden_states_path = {path!r} with {source}, which reads no files; allowed: offline or hybrid")
+        _refuse_unused(config, "states", ("on_generate", "format", "final", "dtype"), source)
         return
     _require(states.source == "hybrid" or states.on_generate == "cache", f"states.on_generate = delete with {source}; allowed: hybrid")
     _require(freeze, f"{source} with base.freeze = false, whose states change; allowed: online, or base.freeze = true")

@@ -80,23 +80,32 @@ class StatesCache:
             DamagedCache: a shard that is not as it was written.
         """
         for index in sorted(self.folder.glob("*.index")):
-            shard = self._shards.get(index)
-            if shard is None:
-                if not Shard.has_begun(index):
-                    continue
-                shard = self._shards[index] = Shard(index, self.token_bytes)
-            if shard.is_whole:
-                continue
-            texts = [self._number(text) for text in shard.texts]
-            for record in shard.follow():
-                if record["text"] < len(texts):
-                    self._places[texts[record["text"]], int(record["sample"])] = Place(shard, record)
+            try:
+                self._follow(index)
+            except FileNotFoundError as error:
+                if index.with_suffix(".json").exists():
+                    raise DamagedCache(Path(error.filename), "it is gone") from None
+                self._drop(index)  # another process has just discarded it, for nothing came to be in it
 
-    def _number(self, text: dict) -> int:
-        return self._texts.setdefault(json.dumps(text, sort_keys=True), len(self._texts))
+    def _follow(self, index: Path) -> None:
+        shard = self._shards.get(index)
+        if shard is None:
+            if not Shard.has_begun(index):
+                return
+            shard = self._shards[index] = Shard(index, self.token_bytes)
+        if shard.is_whole:
+            return
+        texts = [self._texts.setdefault(_as_key(text), len(self._texts)) for text in shard.texts]
+        for record in shard.follow():
+            if record["text"] < len(texts):
+                self._places[texts[record["text"]], int(record["sample"])] = Place(shard, record)
+
+    def _drop(self, index: Path) -> None:
+        shard = self._shards.pop(index, None)
+        self._places = {key: place for key, place in self._places.items() if place.shard is not shard}
 
     def find(self, dataset: PackedDataset, sample: int) -> Place | None:
-        return self._places.get((self._number(dataset.identity), sample))
+        return self._places.get((self._texts.get(_as_key(dataset.identity)), sample))
 
     def read(self, place: Place, tokens: np.ndarray, documents: np.ndarray, taken: list[int], row: int, into: Stored) -> None:
         """Copies a sample's states into a row of a batch.
@@ -179,6 +188,10 @@ class CacheWriter:
     def close(self) -> None:
         """What was added is on the disk, and stays."""
         self._shards.finish()
+
+
+def _as_key(text: dict) -> str:
+    return json.dumps(text, sort_keys=True)
 
 
 def _name(column: int) -> str:

@@ -85,9 +85,9 @@ class ShardWriter:
         path = self._folder / f"{self._name}-{self._number:05d}"
         header = json.dumps({"texts": self._texts}).encode() + b"\n"
         self._number, self._index_start, self._size, self._records = self._number + 1, len(header), 0, 0
-        self._states = path.with_suffix(".states").open("xb", buffering=0)
-        self._index = path.with_suffix(".index").open("xb", buffering=0)
         try:
+            self._states = path.with_suffix(".states").open("xb", buffering=0)
+            self._index = path.with_suffix(".index").open("xb", buffering=0)
             _write(self._index, memoryview(header))
         except OSError:
             self._discard()
@@ -95,8 +95,9 @@ class ShardWriter:
 
     def _discard(self) -> None:
         for file in (self._states, self._index):
-            file.close()
-            Path(file.name).unlink()
+            if file is not None:
+                file.close()
+                Path(file.name).unlink()
         self._states = self._index = None
 
     def finish(self) -> None:

@@ -46,7 +46,7 @@ class Part(NamedTuple):
 class _Format(NamedTuple):
     pattern: str
     normed: bool  # the final state
-    ids: Callable[[Path], Tensor]
+    ids: Callable[[Path], tuple[Tensor, int | None]]  # token ids, and states of a token where a file's header says it
     states: Callable[[Path], "_States"]
 
 
@@ -71,6 +71,9 @@ class DocumentFiles:
         taps: layer ids that are read; none: the files' other layers may be any.
         num_layers, hidden_size: of the base.
 
+    Attributes:
+        rows_of: the dataset whose rows the numbers in hs_<i> count, where it is known: a run's only one.
+
     Raises:
         UserError: no file of the format; a file of other shapes, damaged, or without token ids.
     """
@@ -82,11 +85,17 @@ class DocumentFiles:
         if not files:
             raise UserError(f"states.hidden_states_path = {str(folder)!r}: no {self._format.pattern} in it (states.format = {format})")
         with ThreadPoolExecutor(4) as pool:
-            self._files = dict(zip(pool.map(self._hash_of, files), files))
+            hashes, slots = zip(*pool.map(self._hash_of, files))
+        self._files = dict(zip(hashes, files))
         self._by_row = {int(match[1]): file for file in files if format == "hs" and (match := re.search(r"hs_(\d+)\.", file.name))}
         first = self._format.states(files[0])
         self.dtype = first.read(0, slice(0, 1)).dtype
         self.columns = self._columns(files[0], first, taps)
+        self._check(files[0], first)
+        for file, count in zip(files, slots):
+            if count is not None:
+                self._check_slots(file, count)
+        self.rows_of: PackedDataset | None = None
 
     def __len__(self) -> int:
         """Documents."""
@@ -100,10 +109,14 @@ class DocumentFiles:
         if states.slots != len(columns):
             reads = f"the speculator reads layers {list(taps)} and the final state, {len(columns)}"
             raise UserError(f"{file}: {states.slots} states a token; {reads}; allowed: as many, by speculator.target_layer_ids")
-        self._check(file, states)
         return columns
 
+    def _check_slots(self, file: Path, slots: int) -> None:
+        if slots != len(self.columns):
+            raise UserError(f"{file}: {slots} states a token; other files have {len(self.columns)}; allowed: as many in all files")
+
     def _check(self, file: Path, states: _States) -> None:
+        self._check_slots(file, states.slots)
         dtype = states.read(0, slice(0, 1)).dtype
         if states.hidden_size != self.hidden_size:
             raise UserError(f"{file}: hidden size {states.hidden_size}; the base's is {self.hidden_size}")
@@ -147,7 +160,8 @@ class DocumentFiles:
         for document in dataset.documents(sample):
             file = self._files.get(_hash(document.ids))
             if file is None:
-                self._check_row(document)
+                if dataset is self.rows_of:
+                    self._check_row(document)
                 return None
             parts.append(Part(file, document.start, document.length))
         return parts
@@ -173,11 +187,11 @@ class DocumentFiles:
                 raise UserError(f"{part.file}: row {part.start + bad[1]} of state {taken[bad[0]]} is not finite; allowed: remove the file")
             at += part.length
 
-    def _hash_of(self, file: Path) -> bytes:
-        ids = self._format.ids(file)
+    def _hash_of(self, file: Path) -> tuple[bytes, int | None]:
+        ids, slots = self._format.ids(file)
         if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1 or not len(ids):
             raise UserError(f"{file}: token ids are {list(ids.shape)} of {ids.dtype}; allowed: a list of integers".replace("torch.", ""))
-        return _hash(ids.numpy())
+        return _hash(ids.numpy()), slots
 
 
 def _hash(ids: np.ndarray) -> bytes:
@@ -187,14 +201,14 @@ def _hash(ids: np.ndarray) -> bytes:
 # ---- hs_<i>.safetensors ----
 
 
-def _hs_ids(file: Path) -> Tensor:
+def _hs_ids(file: Path) -> tuple[Tensor, int]:
     shapes = read_header(file)
     if shapes.keys() != {"hidden_states", "token_ids"} or len(shapes["hidden_states"]) != 3:
         raise UserError(f"{file}: tensors {shapes}; allowed: hidden_states [s, layers + 1, d] and token_ids [s]")
     if shapes["token_ids"] != shapes["hidden_states"][:1]:
         raise UserError(f"{file}: {shapes['hidden_states'][0]} states and {list(shapes['token_ids'])} token_ids; allowed: as many")
     with open_tensors(file) as tensors:
-        return tensors.get_tensor("token_ids")
+        return tensors.get_tensor("token_ids"), shapes["hidden_states"][1]
 
 
 def _hs_states(file: Path) -> _States:
@@ -239,8 +253,8 @@ def _of_list(file: Path, states: list, expected: str) -> _States:
 
 FORMATS = {
     "hs": _Format("hs_*.safetensors", False, _hs_ids, _hs_states),
-    "1": _Format("*.pt", False, _pt_ids, _pt_1),
-    "0": _Format("*.pt", True, _pt_ids, _pt_0),
+    "1": _Format("*.pt", False, lambda file: (_pt_ids(file), None), _pt_1),
+    "0": _Format("*.pt", True, lambda file: (_pt_ids(file), None), _pt_0),
 }
 
 

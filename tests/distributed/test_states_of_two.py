@@ -12,7 +12,7 @@ import torch.distributed as dist
 from benchmarks.loading import free_port
 from spectitan import train
 from tests.integration import processes, tiny
-from tests.integration.test_states import assert_same, counts, losses
+from tests.integration.test_states import assert_same, counts, losses, online
 
 STEPS, SAMPLES = 8, 16
 RUN = {"training__num_steps": STEPS, "checkpoint__interval": STEPS, "metrics__report_interval": 1, "training__micro_batch_size": 1}
@@ -49,7 +49,7 @@ def test_two_processes_share_a_cache(world, tmp_path, layout):
         return world.flags(tmp_path / name, **keys | changes)
 
     runs = [
-        ("train", flags("online", RUN)),
+        ("train", flags("online", online(RUN))),
         ("train", flags("hybrid", RUN | hybrid)),
         ("prepare", flags("fill", RUN | filled | {"prepare__states": "true"})),
         ("train", flags("refilled", RUN | filled)),

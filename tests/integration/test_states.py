@@ -31,6 +31,11 @@ FAMILIES = {"mlp": {}, "lstm": {"speculator__type": "lstm"}, "eagle3": {"specula
 FAMILIES["eagle3_padded"] = FAMILIES["eagle3"] | {"data__packing": "best_fit", "speculator__ttt_steps": 2, "data__seq_length": 47}
 
 
+def online(keys: dict) -> dict:
+    """The keys of the same run without files."""
+    return {name: value for name, value in keys.items() if name != "states__dtype"}
+
+
 def losses(run: Path) -> list:
     return [(report["loss"], report["grad_norm"], report["supervised_tokens"]) for report in tiny.reports(run)]
 
@@ -54,7 +59,7 @@ def test_online_hybrid_and_offline_train_alike(world, tmp_path, family, dtype):
     """Bit for bit, in the dtype that is computed in; offline holds no layer of the base."""
     keys = RUN | FAMILIES[family] | {"training__compute_dtype": dtype, "states__dtype": dtype}
     cache = {"states__hidden_states_path": tmp_path / "states"}
-    assert train.main(world.flags(tmp_path / "online", **keys)) == 0
+    assert train.main(world.flags(tmp_path / "online", **online(keys))) == 0
     assert train.main(world.flags(tmp_path / "hybrid", **keys, **cache, states__source="hybrid")) == 0
     assert counts(tmp_path / "hybrid") == {"cached": 0, "generated": SAMPLES, "kept": SAMPLES, "skipped": 0}
     assert_same(tmp_path / "hybrid", tmp_path / "online")
@@ -83,12 +88,12 @@ EAGLE3 = (
 
 def test_a_cache_filled_ahead_is_what_training_reads(world, filled, tmp_path, monkeypatch, capsys):
     """Also for another family, which reads the final state alone, with held-out losses on the way. No layer of the base is made."""
-    online, keys = tmp_path / "online", EAGLE3 | {"training__num_steps": 8, "training__epochs": -1, "eval__interval": 3}
+    keys = EAGLE3 | {"training__num_steps": 8, "training__epochs": -1, "eval__interval": 3}
     offline = {"states__hidden_states_path": filled, "states__source": "offline"}
     for family in ("eagle3", "mlp"):
         keys |= {"speculator__type": family}
-        online, run = tmp_path / f"online_{family}", tmp_path / family
-        assert train.main(world.flags(online, **keys)) == 0
+        by_base, run = tmp_path / f"online_{family}", tmp_path / family
+        assert train.main(world.flags(by_base, **online(keys))) == 0
         made = []
         with monkeypatch.context() as without:
             without.setattr(Decoder, "forward", None)
@@ -96,8 +101,8 @@ def test_a_cache_filled_ahead_is_what_training_reads(world, filled, tmp_path, mo
                 train, "fill_model", lambda model, *rest: (made.extend(dict(model.named_parameters())), fill_model(model, *rest))
             )
             assert train.main(world.flags(run, **keys, **offline)) == 0
-        assert losses(run) == losses(online) and set(made) == {"readout.embedding.weight", "readout.norm.weight"}  # its head is tied
-        assert (run / "evaluations.jsonl").read_text() == (online / "evaluations.jsonl").read_text() != ""
+        assert losses(run) == losses(by_base) and set(made) == {"readout.embedding.weight", "readout.norm.weight"}  # its head is tied
+        assert (run / "evaluations.jsonl").read_text() == (by_base / "evaluations.jsonl").read_text() != ""
     assert prepare.main(world.flags(tmp_path / "again", **EAGLE3, states__hidden_states_path=filled, prepare__states="true")) == 0
     assert ": 0 samples added, " in capsys.readouterr().out
 
@@ -119,7 +124,7 @@ def test_two_epochs_of_hybrid(world, tmp_path):
 
 def test_states_that_are_not_kept(world, tmp_path):
     keys = EAGLE3 | {"training__num_steps": 3, "training__epochs": -1, "states__source": "hybrid", "states__on_generate": "delete"}
-    assert train.main(world.flags(tmp_path / "online", **EAGLE3 | {"training__num_steps": 3, "training__epochs": -1})) == 0
+    assert train.main(world.flags(tmp_path / "online", **online(EAGLE3) | {"training__num_steps": 3, "training__epochs": -1})) == 0
     assert train.main(world.flags(tmp_path / "run", **keys)) == 0
     assert counts(tmp_path / "run")["kept"] == 0 and losses(tmp_path / "run") == losses(tmp_path / "online")
     assert not list((tmp_path / "run" / "hidden_states").glob("*.states"))
@@ -150,7 +155,7 @@ def test_the_second_stage_after_a_cached_first(world, filled, tmp_path):
     """Stage 1 reads the cache, stage 2 has the base write its text and compute its states, as without a cache."""
     keys = EAGLE3 | {"training__num_steps": 6, "training__epochs": -1, "stage2__start_step": 4, "stage2__prompt_length": 5}
     keys |= {"stage2__seq_length": 7}
-    assert train.main(world.flags(tmp_path / "online", **keys)) == 0
+    assert train.main(world.flags(tmp_path / "online", **online(keys))) == 0
     hybrid = {"states__source": "hybrid", "states__hidden_states_path": filled}
     assert train.main(world.flags(tmp_path / "hybrid", **keys, **hybrid)) == 0
     assert_same(tmp_path / "hybrid", tmp_path / "online", 6)
@@ -162,10 +167,10 @@ def test_noise_is_the_same_wherever_states_come_from(world, filled, tmp_path):
     keys = EAGLE3 | {"training__num_steps": 4, "training__epochs": -1, "eval__interval": 1, "optimizer__lr": 1e-12}
     offline = {"states__source": "offline", "states__hidden_states_path": filled}
     for name, changes in {"plain": {}, "online": {"states__noise_std": 0.3}, "offline": offline | {"states__noise_std": 0.3}}.items():
-        assert train.main(world.flags(tmp_path / name, **keys | changes)) == 0
+        assert train.main(world.flags(tmp_path / name, **online(keys) | changes)) == 0
     assert losses(tmp_path / "online") == losses(tmp_path / "offline") != losses(tmp_path / "plain")
-    online, plain = (json.loads((tmp_path / name / "evaluations.jsonl").read_text().splitlines()[0]) for name in ("online", "plain"))
-    assert online["heldout_loss/head_0"] == pytest.approx(plain["heldout_loss/head_0"], rel=1e-6)
+    noisy, plain = (json.loads((tmp_path / name / "evaluations.jsonl").read_text().splitlines()[0]) for name in ("online", "plain"))
+    assert noisy["heldout_loss/head_0"] == pytest.approx(plain["heldout_loss/head_0"], rel=1e-6)
 
 
 def test_an_offline_run_is_measured_and_exported_with_its_base(world, filled, tmp_path):
@@ -174,7 +179,7 @@ def test_an_offline_run_is_measured_and_exported_with_its_base(world, filled, tm
     keys |= {"training__num_steps": 4, "training__epochs": -1, "eval__interval": 2}
     offline = {"states__source": "offline", "states__hidden_states_path": filled}
     for name, changes in {"online": {}, "offline": offline}.items():
-        assert train.main(world.flags(tmp_path / name, **keys | changes)) == 0
+        assert train.main(world.flags(tmp_path / name, **online(keys) | changes)) == 0
     ours, theirs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("offline", "online"))
     assert ours["acceptance_length"] == theirs["acceptance_length"] and ours["heldout_loss"] == theirs["heldout_loss"]
     assert (tmp_path / "offline" / "evaluations.jsonl").read_text() == (tmp_path / "online" / "evaluations.jsonl").read_text()
@@ -217,7 +222,7 @@ def full_disk(monkeypatch, writes: int) -> None:
 def test_a_disk_that_is_full(world, tmp_path, monkeypatch, caplog, refused):
     """Training goes on without caching, and says so once; what was cached is whole. Filling ahead stops instead."""
     keys, cache = RUN | FAMILIES["mlp"] | {"states__dtype": "float32"}, {"states__hidden_states_path": tmp_path / "states"}
-    assert train.main(world.flags(tmp_path / "online", **keys)) == 0
+    assert train.main(world.flags(tmp_path / "online", **online(keys))) == 0
     with monkeypatch.context() as full:
         full_disk(full, writes=1 + 2 * 7)
         assert train.main(world.flags(tmp_path / "hybrid", **keys, **cache, states__source="hybrid")) == 0

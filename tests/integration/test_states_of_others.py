@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ from spectitan import train
 from spectitan.config.manager import load
 from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
+from spectitan.errors import UserError
 from spectitan.keyed_random import uniform
 from spectitan.models.registry import get_model
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.states.cached import CachedStates
-from spectitan.states.document_files import DocumentFiles
+from spectitan.states.document_files import DocumentFiles, Part
+from spectitan.states.precision import Stored
 from tests.integration import tiny
 from tests.integration.test_states import counts
 from tests.unit.source_fixtures import save_to_disk
@@ -194,6 +197,14 @@ def other_layers(states: Path) -> list[str]:
     return ["2 states a token", "layers [0, 1] and the final state, 3"]
 
 
+def other_layers_in_one(states: Path) -> list[str]:
+    def change(tensors):
+        tensors["hidden_states"] = tensors["hidden_states"][:, [0, 1, 1, 2]].clone()
+
+    changed(states / "hs_7.safetensors", change)
+    return ["hs_7.safetensors: 4 states a token; other files have 3"]
+
+
 def other_size(states: Path) -> list[str]:
     def change(tensors):
         tensors["hidden_states"] = tensors["hidden_states"][..., 1:].clone()
@@ -215,7 +226,7 @@ def none_is_there(states: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "damage", [not_finite, other_ids, truncated, fewer_states, other_layers, other_size, one_is_missing, none_is_there]
+    "damage", [not_finite, other_ids, truncated, fewer_states, other_layers, other_layers_in_one, other_size, one_is_missing, none_is_there]
 )
 def test_what_cannot_be_used(hs, refused, damage):
     states, flags = hs
@@ -227,6 +238,34 @@ def test_what_cannot_be_used(hs, refused, damage):
 def test_names_of_files_do_not_matter(hs):
     swapped(hs[0])
     assert train.main([*hs[1], "--training.num_steps=1"]) == 0
+
+
+@pytest.mark.parametrize("format", ["hs", "1"])
+def test_files_of_other_layers_are_not_read(tmp_path, world, format):
+    """One file has a layer more; those whose headers say so are refused when they are opened."""
+    folder = write(tmp_path, world.root / "base", format)["states__hidden_states_path"]
+    states = torch.zeros(5, 4, 24)
+    if format == "hs":
+        save_file({"hidden_states": states, "token_ids": torch.arange(5)}, folder / "hs_99.safetensors")
+        with pytest.raises(UserError, match=r"hs_99\.safetensors: 4 states a token; other files have 3"):
+            DocumentFiles(folder, format, "auto", LAYERS, 2, 24)
+        return
+    torch.save({"input_ids": torch.arange(5), "hidden_states": list(states.unbind(1))}, folder / "x.pt")
+    store, into = DocumentFiles(folder, format, "auto", LAYERS, 2, 24), Stored(torch.zeros(3, 1, 5, 24), None)
+    with pytest.raises(UserError, match=r"x\.pt: 4 states a token; other files have 3"):
+        store.read([Part(folder / "x.pt", 0, 5)], None, None, [0, 1, 2], 0, into)
+
+
+def test_a_row_of_another_dataset(hs):
+    """Numbers in names count the rows of one dataset: other text is missing, and not taken for another version of it."""
+    store = DocumentFiles(hs[0], "hs", "auto", LAYERS, 2, 24)
+    document = SimpleNamespace(ids=np.arange(5) + 1, row=7, start=0, length=5)
+    training, validation = (SimpleNamespace(documents=lambda sample: [document]) for _ in range(2))
+    assert store.find(training, 0) is None
+    store.rows_of = training
+    assert store.find(validation, 0) is None
+    with pytest.raises(UserError, match=r"hs_7\.safetensors: other token_ids than row 7"):
+        store.find(training, 0)
 
 
 def test_nothing_is_added_to_them(hs, refused):

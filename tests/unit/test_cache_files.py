@@ -1,7 +1,10 @@
 """Shards of hidden states: what is whole, what is still written, what a kill leaves, and many of them."""
 
+import errno
 import os
 import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +74,54 @@ def test_a_first_line_that_is_still_to_come(tmp_path):
     for content, begun in ((b"", False), (b'{"texts"', False), (b'{"texts": []}\n', True)):
         index.write_bytes(content)
         assert Shard.has_begun(index) == begun
+
+
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    """No descriptor is left for the index: nothing stays, and the writer ends."""
+    writer, whole = ShardWriter(tmp_path, TEXTS, shard_bytes=1), Path.open
+    add(writer, 0)
+
+    def no_index(path, *mode, **keys):
+        if path.suffix == ".index":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return whole(path, *mode, **keys)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", no_index)
+        with pytest.raises(OSError):
+            add(writer, 1)
+        writer.finish()
+    add(writer, 2)
+    writer.finish()
+    assert [shard.follow()["sample"].tolist() for shard in shards_in(tmp_path)] == [[0], [2]]
+    assert len(list(tmp_path.glob("*.states"))) == 2
+
+
+@pytest.mark.parametrize("gone", [".index", ".states"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_shard_that_is_discarded_while_another_process_looks(tmp_path, monkeypatch, gone, known):
+    """What it had is there no more; a shard that is whole may not go."""
+    writers = [ShardWriter(tmp_path, TEXTS) for _ in range(2)]
+    for sample, writer in enumerate(writers):
+        add(writer, sample)
+    writers[0].finish()
+    (index,) = (file for file in tmp_path.glob("*.index") if not file.with_suffix(".json").exists())
+    listed = sorted(tmp_path.glob("*.index"))
+    made = cache.StatesCache(tmp_path, "base", (-1,), 3, "bfloat16") if known else None
+    index.with_suffix(gone).unlink()
+    monkeypatch.setattr(Path, "glob", lambda *_: listed)
+    made = made or cache.StatesCache(tmp_path, "base", (-1,), 3, "bfloat16")
+    made.refresh()
+    assert len(made) == 1
+    (whole,) = (file for file in listed if file != index)
+    whole.with_suffix(".states").unlink()
+    with pytest.raises(DamagedCache, match=r"\.states: it is gone; remove "):
+        cache.StatesCache(tmp_path, "base", (-1,), 3, "bfloat16")
+
+
+def test_what_is_looked_for_is_not_taken_for_what_is_there(tmp_path):
+    made = cache.StatesCache(tmp_path, "base", (-1,), 3, "bfloat16")
+    assert made.find(SimpleNamespace(identity={"text": "mine"}), 0) is None and made.texts == []
 
 
 def test_shards_are_begun_anew(tmp_path):
