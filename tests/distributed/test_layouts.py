@@ -36,8 +36,8 @@ EAGLE3 = {"speculator__type": "eagle3"}
 REDUCED = EAGLE3 | FEW | {"speculator__ttt_tokens": "own", "speculator__ttt_steps": 2, "eval__interval": 2, "eval__prompts": "none"}
 KINDS = {
     "mlp": STAGE2,
-    "lstm": STAGE2 | {"speculator__type": "lstm"},
-    "eagle3": EAGLE3 | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8},
+    "lstm": STAGE2 | {"speculator__type": "lstm", "stage2__start_step": 4, "training__num_steps": 8, "checkpoint__interval": 8},
+    "eagle3": EAGLE3 | FEW | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8},
     "eagle3_reduced": REDUCED,
     "joint": JOINT,
     "mixtral": JOINT | FEW,
@@ -52,8 +52,8 @@ LAYOUTS = {
     "hsdp_2x2": (4, {"sharding_strategy": "hsdp", "dp_replicate": 2}, KINDS),
     "tp_2": (2, {"sharding_strategy": "tp", "tp_size": 2}, KINDS),
     "tp_2_fsdp_2": (4, {"sharding_strategy": "fsdp", "tp_size": 2}, WITHOUT_EAGLE3),
-    "tp_4_dp_1": (4, {"sharding_strategy": "tp", "tp_size": 4}, ["mlp", "joint"]),
-    "tp_2_dp_2": (4, {"sharding_strategy": "tp", "tp_size": 2}, ["mlp", "joint", "mixtral", "gpt_bigcode"]),
+    "tp_4_dp_1": (4, {"sharding_strategy": "tp", "tp_size": 4}, ["joint"]),
+    "tp_2_dp_2": (4, {"sharding_strategy": "tp", "tp_size": 2}, ["joint", "mixtral", "gpt_bigcode"]),
     "hsdp_4x1": (4, {"sharding_strategy": "hsdp", "dp_replicate": 4, "shard_speculator": "false"}, ["joint"]),
 }
 # Query heads divide by two, and nothing else does.
@@ -89,11 +89,12 @@ class Collectives(TorchDispatchMode):
             return ()
 
 
-def worker(rank: int, world_size: int, port: int, output: str, runs: list[list[str]]) -> None:
-    """Makes the runs; the last one with its collectives counted, in output.RANK.json."""
+def worker(rank: int, world_size: int, port: int, output: str, runs: list[list[str]], refused: list[str]) -> None:
+    """Makes the runs; the last one with its collectives counted, in output.RANK.json. First what is to be refused, if anything."""
     processes.redirect(f"{output}.{rank}")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
+    assert not refused or train.main(refused) == 2
     for flags in runs[:-1]:
         assert train.main(flags) == 0
     with Collectives() as collectives:
@@ -118,6 +119,15 @@ def write_bases(world: tiny.Tiny) -> None:
         save_hf(base, world.root / f"base_{name}", torch.float32, tokenizer_files_from=world.root / "tokenizer")
 
 
+def without_weights(world: tiny.Tiny) -> Path:
+    """A base that cannot be split in two, and of which there is no more to read than the shape."""
+    folder = world.root / "base_without_weights"
+    save_hf(build_on_meta(tiny.CONFIG).to_empty(device="cpu"), folder, torch.float32, tokenizer_files_from=world.root / "tokenizer")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    return folder
+
+
 def flags(world: tiny.Tiny, kind: str, run: Path, **layout) -> list[str]:
     base = {"base__path": world.root / f"base_{kind}"} if kind in BASES else {}
     maps = {f"speculator__{name}_path": world.root / f"{name}.npy" for name in ("d2t", "t2d") if kind == "eagle3_reduced"}
@@ -139,13 +149,19 @@ def test_one_curve(world, one, layout):
     runs = {kind: world.root / f"{kind}_{layout}" for kind in kinds}
     commands = [flags(world, kind, run, **keys) for kind, run in runs.items()]
     output = world.root / layout
-    started = processes.call_in_each(world_size, worker, world_size, free_port(), str(output), commands)
+    refused = flags(world, "mlp", world.root / "refused", base__path=without_weights(world), **keys) if layout == "tp_2" else []
+    started = processes.call_in_each(world_size, worker, world_size, free_port(), str(output), commands, refused)
     codes = processes.join(started)
     assert codes == [0] * world_size, "".join(Path(f"{output}.{rank}").read_text() for rank in range(world_size))
     for kind, run in runs.items():
         compare(tiny.reports(run), one[kind], 1e-9 if kind != "float32" else 1e-5)
     if layout == "hsdp_2x2":
         check_collectives_of_hsdp(output)
+    if layout == "tp_2":
+        line = "parallelism.tp_size = 2: the base's num_heads = 3 does not divide by it; allowed: a divisor of that"
+        assert f"spectitan.train: {line}\n" in Path(f"{output}.0").read_text() and not (world.root / "refused").exists()
+    if layout == "tp_2_fsdp_2":
+        check_collectives_of_tp_and_fsdp(output)
 
 
 def compare(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
@@ -158,10 +174,15 @@ def compare(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
             )
 
 
+def collectives_of(output: Path, rank: int) -> dict[tuple, int]:
+    """By name and ranks that take part."""
+    return {(name, *map(tuple, groups)): count for name, *groups, count in json.loads(Path(f"{output}.{rank}.json").read_text())}
+
+
 def check_collectives_of_hsdp(output: Path) -> None:
     """Gathers and scatters stay within the two groups that shard; gradients are summed over the pairs that hold the same shard."""
     for rank in range(4):
-        counts = {(name, *map(tuple, groups)): count for name, *groups, count in json.loads(Path(f"{output}.{rank}.json").read_text())}
+        counts = collectives_of(output, rank)
         shard, replicate = ((0, 1) if rank < 2 else (2, 3)), ((0, 2) if rank % 2 == 0 else (1, 3))
         gathers = {key[1]: count for key, count in counts.items() if key[0] == "allgather_base"}
         scatters = {key[1]: count for key, count in counts.items() if key[0] == "reduce_scatter_base"}
@@ -169,3 +190,16 @@ def check_collectives_of_hsdp(output: Path) -> None:
         reduced = counts["allreduce", replicate]
         parts = CONFIG.num_layers + 3  # each layer, the speculator, and the readout in two: at its norm and at its embedding
         assert reduced == 5 * parts, counts
+
+
+def check_collectives_of_tp_and_fsdp(output: Path) -> None:
+    """FSDP gathers the base among ranks that hold the same part of its layers, activations go between those that split them."""
+    for rank in range(4):
+        counts = collectives_of(output, rank)
+        split, shard = ((0, 1) if rank < 2 else (2, 3)), ((0, 2) if rank % 2 == 0 else (1, 3))
+        for name in ("allgather_base", "reduce_scatter_base"):
+            assert {key[1] for key in counts if key[0] == name} == {shard, (0, 1, 2, 3)}, counts  # base and speculator
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            assert {key[1] for key in counts if key[0] == name} == {split}, counts
+        # Of the embedding; after attention and MLP, and in their backward before them; of the loss's gradient.
+        assert counts["reduce_scatter_tensor", split] == 5 * (1 + 4 * CONFIG.num_layers + 1), counts
