@@ -254,7 +254,9 @@ class Trainer:
             apply_tp(self.base, arch_of(self.base.config), self.world.tp_mesh)
         if config.base.activation_checkpointing:
             apply_activation_checkpointing(self.base.layers)
-        blocks = [] if config.base.arch == "hf" else self.base.layers  # transformers' own code runs as it is
+        # transformers' own code runs as it is. A base that is split and trained, too: compiled, its gradients are wrong (torch 2.13).
+        eager = config.base.arch == "hf" or (self.world.tp_mesh is not None and not config.base.freeze)
+        blocks = [] if eager else self.base.layers
         compile_mixtures(apply_compile(config.compile.enabled, self.device, blocks))
         apply_fsdp(
             self.base, self.speculator, self.world.mesh, self.compute_dtype,
