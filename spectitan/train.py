@@ -257,7 +257,7 @@ class Trainer:
         # transformers' own code runs as it is. A base that is split and trained, too: compiled, its gradients are wrong (torch 2.13).
         eager = config.base.arch == "hf" or (self.world.tp_mesh is not None and not config.base.freeze)
         blocks = [] if eager else self.base.layers
-        compile_mixtures(apply_compile(config.compile.enabled, self.device, blocks))
+        compile_mixtures(apply_compile(config.compile.enabled, self.device, blocks, self.speculator.backbone()))
         apply_fsdp(
             self.base, self.speculator, self.world.mesh, self.compute_dtype,
             freeze_base=config.base.freeze, speculator_mesh=self.world.speculator_mesh,

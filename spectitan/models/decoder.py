@@ -158,7 +158,8 @@ class Decoder(nn.Module):
         """Positions int64 [batch or 1, seq], and the bias of attention, None where it is plainly causal."""
         length, window = tokens.shape[1], self.sliding_window
         index = torch.arange(length, device=tokens.device)
-        if document_ids is not None and document_ids.device.type == "cpu":  # on a GPU this question would wait for the device
+        # On a GPU this question would wait for the device; compiled layers would be compiled once more for the answer.
+        if document_ids is not None and document_ids.device.type == "cpu" and not self._is_compiled():
             if bool(((document_ids == document_ids[:, :1]) | (document_ids < 0)).all()):
                 document_ids = None  # one document a row, which does not see the padding after it
         if positions is None:
@@ -187,6 +188,9 @@ class Decoder(nn.Module):
 
     def _eager(self, cache: KVCache | None) -> contextlib.AbstractContextManager:
         """Compiled layers run eagerly with a cache: the number of slots changes with every token."""
-        if cache is None or self.layers[0]._compiled_call_impl is None:
+        if cache is None or not self._is_compiled():
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
+
+    def _is_compiled(self) -> bool:
+        return self.layers[0]._compiled_call_impl is not None

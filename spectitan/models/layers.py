@@ -66,7 +66,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        if not (1 < rows <= _FEW_ROWS and x.device.type == "cpu") or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not (1 < rows <= _FEW_ROWS and x.device.type == "cpu"):
             return super().forward(x)
         y = torch.mm(self.weight, x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1).contiguous()  # attention's kernels want it so
         return y if self.bias is None else y + self.bias

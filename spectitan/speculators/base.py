@@ -142,6 +142,10 @@ class Speculator(nn.Module):
         }
         return {name for name, parameter in self.named_parameters() if parameter.dim() == 2} - tables
 
+    def backbone(self) -> list[tuple[nn.Module, str]]:
+        """Modules and the names of their methods that rows go through in training, up to the loss: what torch.compile takes."""
+        return []
+
     @property
     def rows(self) -> tuple[str, ...]:
         """What the rows of Loss.sums are of, for reports."""

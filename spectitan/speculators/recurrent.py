@@ -151,6 +151,9 @@ class RecurrentSpeculator(Speculator):
         """All that a row goes through at a step, but for the head."""
         raise NotImplementedError
 
+    def backbone(self) -> list[tuple[nn.Module, str]]:
+        return [(self, "unroll")]
+
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices from N(0, 1 / sqrt(width)), in the order of `named_parameters`; norms 1, biases 0."""
         for name, parameter in self.named_parameters():

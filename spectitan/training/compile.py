@@ -1,4 +1,4 @@
-"""torch.compile of the base's blocks, one by one: a graph a block is compiled once and serves them all."""
+"""torch.compile of the base's blocks, one by one, and of what a speculator's rows go through: a graph serves all blocks that are alike."""
 
 import logging
 import os
@@ -14,26 +14,37 @@ from spectitan.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def apply_compile(enabled: str, device: torch.device, blocks: Sequence[nn.Module]) -> bool:
-    """Compiles blocks in place; parameter names stay as they are. Returns whether it did.
+def apply_compile(
+    enabled: str,
+    device: torch.device,
+    blocks: Sequence[nn.Module],
+    methods: Sequence[tuple[nn.Module, str]] = (),
+    backend: str = "inductor",
+) -> bool:
+    """Compiles in place; parameter names stay as they are. Returns whether it did.
 
     Args:
         enabled: `compile.enabled`; auto compiles on a GPU, and on a CPU if there is a C++ compiler.
+        blocks: whole modules, whose inputs keep their shapes.
+        methods: modules and the names of their methods, whose inputs have another number of rows each time.
+        backend: as torch.compile's.
 
     Raises:
         UserError: "true", and there is no compiler.
     """
     if enabled == "false":
         return False
-    if device.type == "cpu" and not _cpp_compiler():
+    if backend == "inductor" and device.type == "cpu" and not _cpp_compiler():
         if enabled == "true":
             raise UserError("compile.enabled = true needs a C++ compiler: g++ or clang++ in PATH, or CXX; or set auto or false")
         logger.info("compile.enabled = auto: no C++ compiler found, running eagerly")
         return False
     _compiling_is_a_sign_of_life()
     for block in blocks:
-        block.compile()
-    logger.info("base: %d blocks compiled", len(blocks))
+        block.compile(backend=backend)
+    for module, name in methods:
+        setattr(module, name, torch.compile(getattr(module, name), backend=backend, dynamic=True))
+    logger.info("compiled: %d blocks of the base, %d parts of the speculator", len(blocks), len(methods))
     return True
 
 
