@@ -31,7 +31,8 @@ RUN = {"training__num_steps": 2, "training__micro_batch_size": 4, "training__glo
 RUN |= {"eval__at_end": "false", "export__format": "none", "speculator__speculator_width": 72, "objective__chunk_rows": 256}
 BFLOAT16, FLOAT32 = {"training__compute_dtype": "bfloat16"}, {"training__compute_dtype": "float32"}
 MLP, LSTM = {}, {"speculator__type": "lstm"}
-EAGLE3 = {"speculator__type": "eagle3", "speculator__num_layers": 1}
+# On a CPU rows are padded to multiples of 64, which are no useful work: so many that little is.
+EAGLE3 = {"speculator__type": "eagle3", "speculator__num_layers": 1, "training__micro_batch_size": 16}
 BASE = {key: value for key, value in tiny.BASE_ALONE.items() if key not in ("export__format", "eval__prompts")}
 JOINT = {"base__freeze": "false", "training__detach_states": "false"}
 KL = {"objective__loss": "kl_div"}
@@ -127,4 +128,5 @@ def test_a_step_takes_what_was_planned(world, steps, ranks, name):
     if "muon" not in name:  # its own products are the optimizer's, and not in the plan
         assert sum(step["flops"] for step in last) == pytest.approx(flops, rel=0.1)
     sent = sum(stage.sent.values())
-    assert all(step["sent"] == pytest.approx(sent, abs=64) for step in last)  # beside counts of rows, of a few bytes
+    # Beside counts of rows, of a few bytes; a divided head's rows are gathered, and where documents end there are fewer than planned.
+    assert all(step["sent"] == pytest.approx(sent, rel=0.02 if "tp" in name else 0, abs=64) for step in last)
