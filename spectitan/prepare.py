@@ -35,7 +35,7 @@ from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.distributed.mesh import choose_device
 from spectitan.errors import UserError
 from spectitan.files import write_whole
-from spectitan.filling import fill_states
+from spectitan.filling import fill_states, open_states
 from spectitan.models.registry import choose_config, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.signals import StopSignal
@@ -58,13 +58,14 @@ def prepare(config: Config, stop: StopSignal) -> None:
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun: states are all that is divided over processes
-        fill_states(config)
+        fill_states(config, open_states(config))
         return
     base_path = resolve_base_path(config.base.path)
     if config.prepare.token_freq:
         check_can_be_written("prepare.token_freq", str(Path(config.prepare.token_freq).parent))
     if config.prepare.tokenizer_vocab_size > 0:
         write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
+    opened = open_states(config) if config.prepare.states else None
     vocab_size, prompts = check_generation(config) if config.prepare.generate else (None, 0)
     tokenizer = load_tokenizer(base_path, vocab_size)
     if config.prepare.num_prompts > 0:
@@ -79,8 +80,8 @@ def prepare(config: Config, stop: StopSignal) -> None:
         print(show_sample(next(loader), tokenizer, loader.datasets, uses_colour()))
     if config.prepare.generate:
         generate_data(config, tokenizer, prompts)
-    if config.prepare.states:
-        fill_states(config)
+    if opened is not None:
+        fill_states(config, opened)
 
 
 def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:

@@ -7,7 +7,6 @@ python -m spectitan.train --job.config_file train_configs/quickstart.toml      #
 import contextlib
 import copy
 import logging
-import math
 import os
 import signal
 import sys
@@ -64,7 +63,7 @@ from spectitan.training.best import Best
 from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder, find_checkpoint, module_tensors, read_state
 from spectitan.training.compile import apply_compile
 from spectitan.training.identity import check_identity, run_identity, warn_of_other_text
-from spectitan.training.intervals import is_due, next_due, steps_of
+from spectitan.training.intervals import is_due, next_due, steps_of, steps_of_run
 from spectitan.training.loggers import check_loggers
 from spectitan.training.metrics import MetricsLogger
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rate, step_if_finite
@@ -136,7 +135,7 @@ class Trainer:
         self.batches = iter(self.loader)
         self.total_steps = config.training.num_steps
         if self.total_steps == -1:
-            self.total_steps = max(1, math.ceil(self._steps_of(config.training.epochs)))
+            self.total_steps = steps_of_run(config.training.epochs, self.loader.samples_per_epoch, self.global_batch_size)
         if config.stage2.start_step >= self.total_steps:
             raise UserError(f"stage2.start_step = {config.stage2.start_step}; allowed: below the run's {self.total_steps} steps")
         by_epochs = [
@@ -310,7 +309,10 @@ class Trainer:
         """Makes durable what was cached."""
         for source in (self.states_of_text, self.states_of_held_out):
             if isinstance(source, CachedStates):
-                source.close()
+                try:
+                    source.close()
+                except OSError as error:
+                    logger.warning("what was cached last is not sure to be on the disk: %s: %s", source.store.folder, error.strerror)
 
     def _tensors(self) -> dict[str, Tensor]:
         return module_tensors(self.trained) | {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}

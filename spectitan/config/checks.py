@@ -87,10 +87,29 @@ def check_combinations(config: Config, program: str) -> None:
         if config.prepare.states:
             family = config.speculator.type
             _require(family != "none", 'prepare.states = true with speculator.type = "none", which reads no states; allowed: a speculator')
+            _check_filling(config)
         _require(config.prepare.generate or (samples, start) == (-1, 0), f"{given} without prepare.generate; allowed: with it, or -1 and 0")
     if program == "generate":
         prompts = [config.generate.prompt, config.generate.prompt_file]
         _require(sum(map(bool, prompts)) == 1, "generate.prompt and generate.prompt_file: give exactly one of them")
+
+
+def _check_filling(config: Config) -> None:
+    """prepare.states: the cache is of a run's samples, and of the base's own weights."""
+    training, states, given = config.training, config.states, "with prepare.states = true"
+    _require(states.format in ("auto", "cache"), f"states.format = {states.format} {given}, which fills a cache; allowed: auto, cache")
+    _require(states.final == "auto", f"states.final = {states.final} {given}, which fills a cache; allowed: auto")
+    _require(config.base.init == "pretrained", f"base.init = {config.base.init} {given}; allowed: pretrained")
+    both = training.num_steps != -1 and training.epochs != -1
+    _require(
+        not both, f"training.num_steps = {training.num_steps} and training.epochs = {training.epochs}; allowed: one of them, the other -1"
+    )
+    whole = training.num_steps == -1 and (training.epochs == -1 or training.epochs >= 1) and not config.data.weights
+    _require(
+        whole or training.global_batch_size != -1,
+        f"training.global_batch_size = -1 {given}, which fills what a run of so many steps reads; allowed: the run's number (-1 there "
+        "is training.micro_batch_size x its processes)",
+    )
 
 
 def _check_tree(config: Config) -> None:

@@ -104,6 +104,11 @@ class StatesCache:
         shard = self._shards.pop(index, None)
         self._places = {key: place for key, place in self._places.items() if place.shard is not shard}
 
+    def count(self, dataset: PackedDataset) -> int:
+        """Samples of a dataset in it."""
+        number = self._texts.get(_as_key(dataset.identity))
+        return sum(text == number for text, _ in self._places)
+
     def find(self, dataset: PackedDataset, sample: int) -> Place | None:
         return self._places.get((self._texts.get(_as_key(dataset.identity)), sample))
 

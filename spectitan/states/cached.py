@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,8 @@ class CachedStates:
         on_missing: skip, warn or raise, without `online`.
 
     Attributes:
+        keep: as given; False once something could not be written.
+        failure: why not.
         counts: samples "cached" (read from the store), "generated" (by the base), "kept" (added to the store), "skipped".
     """
 
@@ -111,6 +113,7 @@ class CachedStates:
         self.store, self.datasets, self.readout, self.dtype, self.device = store, list(datasets), readout, dtype, device
         self.online, self.keep, self.on_missing = online, keep, on_missing
         self.counts: Counter = Counter()
+        self.failure: OSError | None = None
         layers = [column for column in store.columns if column != FINAL]
         self._taps = [layers.index(tap) for tap in taps]
         self._is_normed = FINAL in store.columns
@@ -173,40 +176,51 @@ class CachedStates:
     def take_counts(self) -> dict[str, int]:
         """`counts` since the last call, of all ranks, which call it together."""
         names = ("cached", "generated", "kept", "skipped")
+        utils.together(self.drain)  # the writer counts, too
         summed = utils.sum_over_ranks(torch.tensor([self.counts[name] for name in names]))
         self.counts.clear()
         return dict(zip(names, summed.tolist()))
 
     def close(self) -> None:
-        """Waits for what is being written, and makes it durable."""
+        """Waits for what is being written, and makes it durable.
+
+        Raises:
+            OSError: what was added last is not sure to be on the disk.
+        """
         try:
-            self._drain()
+            self.drain()
         finally:
             for pool in (self._readers, self._writer):
                 pool.shutdown(cancel_futures=True)
             if self._adding is not None:
-                try:
-                    self._adding.close()
-                except OSError as error:
-                    logger.warning("what was cached last is not sure to be on the disk: %s: %s", self.store.folder, error.strerror)
+                self._adding.close()
 
     # ---- reading ----
 
     def _settle(self, batch: TokenBatch) -> tuple[list, list[int], bool]:
         """Where each row's states are, the rows that have none, and whether the base runs: on one rank means on all."""
-        self._drain()  # of the step before
-        places, missing = self._find(batch)
-        if self.online is None or not utils.any_rank(bool(missing)):
-            return places, missing, False
-        self.store.refresh()  # all ranks have drained
-        places, missing = self._find(batch)
-        return places, missing, utils.any_rank(bool(missing))
+        places, missing, anywhere = self._find(batch, self.drain)  # of the step before
+        if anywhere and self.online is not None:
+            places, missing, anywhere = self._find(batch, self.store.refresh)  # all ranks have drained
+        return places, missing, anywhere and self.online is not None
 
-    def _find(self, batch: TokenBatch) -> tuple[list, list[int]]:
-        """Where each row's states are, and the rows that have none."""
-        samples = map(sample_place, batch.sample_ids.tolist())
-        places = [self.store.find(self.datasets[sample.dataset], sample.sample) for sample in samples]
-        return places, [row for row, place in enumerate(places) if place is None]
+    def _find(self, batch: TokenBatch, before: Callable[[], None]) -> tuple[list, list[int], bool]:
+        """Where each row's states are, after `before`; the rows that have none, and whether a rank has such rows.
+
+        What fails on one rank fails on all of them: none waits for it.
+        """
+
+        def find() -> bool:
+            before()
+            samples = map(sample_place, batch.sample_ids.tolist())
+            places.extend(self.store.find(self.datasets[sample.dataset], sample.sample) for sample in samples)
+            missing.extend(row for row, place in enumerate(places) if place is None)
+            if missing and self.online is None and self.on_missing == "raise":
+                raise UserError(f"no hidden states of {self._named(batch, missing)}: states.on_missing = raise; {FILL_IT}")
+            return bool(missing)
+
+        places, missing = [], []
+        return places, missing, any(utils.together(find))
 
     def _read(self, batch: TokenBatch, places: list, missing: list[int]) -> _Begun:
         shape = (len(self._taken), *batch.tokens.shape, self.store.hidden_size)
@@ -227,8 +241,6 @@ class CachedStates:
 
     def _without(self, batch: TokenBatch, missing: list[int]) -> TokenBatch:
         """The batch with nothing to learn in the missing rows; shapes and order stay."""
-        if self.on_missing == "raise":
-            raise UserError(f"no hidden states of {self._named(batch, missing)}: states.on_missing = raise; {FILL_IT}")
         if self.on_missing == "warn":
             logger.warning("skipped, without hidden states: %s", self._named(batch, missing))
         self.counts["skipped"] += len(missing)
@@ -265,13 +277,13 @@ class CachedStates:
             try:
                 self._adding.add(sample.dataset, sample.sample, tokens[row, :length], documents[row, :length], states)
             except OSError as error:
-                self.keep = False
+                self.keep, self.failure = False, error
                 logger.warning("hidden states are cached no more, training goes on without: %s: %s", self.store.folder, error.strerror)
                 return
             self._kept.add(ids[row])
             self.counts["kept"] += 1
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Waits until all has been written."""
         while self._writing:
             self._writing.popleft().result()

@@ -9,6 +9,11 @@ def steps_of(epochs: float, samples_per_epoch: int, global_batch_size: int) -> F
     return Fraction(str(epochs)) * samples_per_epoch / global_batch_size
 
 
+def steps_of_run(epochs: float, samples_per_epoch: int, global_batch_size: int) -> int:
+    """Steps of a run over so many epochs: whole ones, at least one."""
+    return max(1, math.ceil(steps_of(epochs, samples_per_epoch, global_batch_size)))
+
+
 def is_due(step: int, interval: Fraction | int) -> bool:
     """Whether a multiple of `interval`, in steps, has been passed in the step that makes it `step` steps done."""
     return step // interval > (step - 1) // interval

@@ -235,14 +235,39 @@ def test_a_disk_that_is_full(world, tmp_path, monkeypatch, caplog, refused):
     assert counts(tmp_path / "offline") == {"cached": 7, "generated": 0, "kept": 0, "skipped": SAMPLES - 7}
     full_disk(monkeypatch, writes=2 * 3)
     line = refused(world.flags(tmp_path / "fill", **keys, **cache, prepare__states="true"), "prepare")
-    assert str(tmp_path / "states") in line and "the disk is full" in line
+    assert str(tmp_path / "states") in line and "No space left on device" in line
 
 
-def test_too_little_room(world, tmp_path, monkeypatch, refused):
+def test_too_little_room(world, some, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
     cache = {"states__hidden_states_path": tmp_path / "states", "prepare__states": "true"}
     line = refused(world.flags(tmp_path / "run", **EAGLE3, **cache), "prepare")
     assert "do not fit" in line and "states.hidden_states_path" in line
+    more = {"states__hidden_states_path": some, "prepare__states": "true"}  # of which a part is there
+    assert "do not fit" in refused(world.flags(tmp_path / "run", **EAGLE3, **more), "prepare")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"base__path": "other"}, ["another base", "base.allow_other"]),
+        ({"speculator__target_layer_ids": "0,9"}, ["speculator.target_layer_ids"]),
+        ({"states__hidden_states_path": "file"}, ["states.hidden_states_path", "it is no folder"]),
+        ({"states__hidden_states_path": "hs"}, ["states.format = hs", "another folder"]),
+    ],
+)
+def test_what_cannot_be_filled_is_refused_before_the_text_is_read(world, some, tmp_path, monkeypatch, refused, changes, words):
+    monkeypatch.setattr(prepare, "build_loader", None)
+    keys = EAGLE3 | {"states__hidden_states_path": some, "prepare__states": "true"}
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "hs").mkdir()
+    (tmp_path / "hs" / "hs_0.safetensors").write_bytes(b"")
+    changes = {name: tmp_path / value if name.endswith("path") else value for name, value in changes.items()}
+    if "base__path" in changes:
+        changes = other_base(world, tmp_path)
+    line = refused(world.flags(tmp_path / "run", **keys | changes), "prepare")
+    assert all(word in line for word in words), line
+    assert os.listdir(tmp_path / "hs") == ["hs_0.safetensors"]
 
 
 def test_killed_while_it_fills(world, filled, tmp_path):

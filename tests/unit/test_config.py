@@ -305,6 +305,9 @@ def test_combinations_that_cannot_be_trained(flags, named):
         assert name in text
 
 
+FILLED = ["--base.path", "b", "--data.path", "d", "--prepare.states"]
+
+
 @pytest.mark.parametrize(
     "program, flags, named",
     [
@@ -313,6 +316,13 @@ def test_combinations_that_cannot_be_trained(flags, named):
         ("evaluate", [], "speculator.path"),
         ("export", [], "base.path"),
         ("prepare", ["--base.path", "b", "--data.path", "d", "--prepare.token_freq=x.jsonl"], "prepare.token_freq = 'x.jsonl'"),
+        ("prepare", [*FILLED, "--states.format=hs"], "states.format = hs"),
+        ("prepare", [*FILLED, "--states.final=pre_norm"], "states.final = pre_norm"),
+        ("prepare", [*FILLED, "--base.init=random"], "base.init = random"),
+        ("prepare", [*FILLED, "--training.num_steps=5", "--training.epochs=2"], "training.epochs = 2"),
+        ("prepare", [*FILLED, "--training.num_steps=5"], "training.global_batch_size = -1"),
+        ("prepare", [*FILLED, "--training.epochs=0.5"], "training.global_batch_size = -1"),
+        ("prepare", [*FILLED, "--training.epochs=2", "--data.datasets=x,y", "--data.weights=1,2"], "training.global_batch_size = -1"),
         ("generate", ["--base.path", "b"], "generate.prompt"),
         ("generate", ["--base.path", "b", "--generate.prompt=a", "--generate.prompt_file=f"], "generate.prompt_file"),
     ],
@@ -345,6 +355,8 @@ def test_what_other_programs_need(program, flags, named):
         ),
         ("train", [*TRAINED, "--training.epochs=1", "--lr_scheduler.type=constant", "--lr_scheduler.warmup_steps=9"]),
         ("prepare", ["--base.path", "b", "--data.path", "d", "--data.packing=document", "--data.overlong=truncate"]),
+        ("prepare", [*FILLED, "--training.epochs=2"]),
+        ("prepare", [*FILLED, "--training.num_steps=5", "--training.global_batch_size=4"]),
         ("prepare", ["--base.path", "b", "--data.path", "d", "--data.prompt_key=", "--data.input_ids_column=", "--data.loss_mask_column="]),
     ],
 )

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from spectitan.training.intervals import is_due, next_due, steps_of
+from spectitan.training.intervals import is_due, next_due, steps_of, steps_of_run
 
 
 @pytest.mark.parametrize("interval", [1, 2, 7, 1000, Fraction(5, 2), Fraction(22, 7), Fraction(2, 3), Fraction(997, 13)])
@@ -15,6 +15,11 @@ def test_due_are_the_first_steps_at_or_after_each_multiple(interval):
     assert due == [step for step in expected if step <= last]
     for step in range(last):
         assert next_due(step, interval) == expected[bisect.bisect(expected, step)]
+
+
+@pytest.mark.parametrize("epochs, samples, batch, steps", [(0.7, 10, 4, 2), (3, 10, 4, 8), (0.1, 10, 4, 1), (0.1, 30, 3, 1), (1, 12, 4, 3)])
+def test_a_run_has_whole_steps(epochs, samples, batch, steps):
+    assert steps_of_run(epochs, samples, batch) == steps
 
 
 def test_parts_of_an_epoch_add_up_to_it():
