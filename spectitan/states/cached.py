@@ -1,11 +1,12 @@
 """Hidden states from a store on disk; what is not there comes from the base, or is left out of training."""
 
+import itertools
 import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from spectitan.types import BaseStates, TokenBatch, to_device
 logger = logging.getLogger(__name__)
 
 FILL_IT = "allowed: fill it (spectitan.prepare --prepare.states true, or states.source = hybrid), or states.on_missing = skip or warn"
+_AHEAD = 2  # micro-batches whose states are in memory before they are used, or until they are written
 _NAMED = 3  # missing samples that a warning names
 
 
@@ -48,7 +50,7 @@ class Store(Protocol):
 
 
 class _Buffer:
-    """Memory for the states of a micro-batch: pinned where they go to a GPU, and used again when a step has trained on them."""
+    """Memory for the states of a micro-batch: pinned where they go to a GPU, and used again when they have been trained on."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         pinned = device.type == "cuda"
@@ -79,9 +81,11 @@ class _Begun:
     """A micro-batch between `begin` and `states`."""
 
     batch: TokenBatch  # on the CPU
+    places: list  # of each row
     missing: list[int]  # rows
-    buffer: _Buffer | None  # None: the base computes it
-    reads: list[Future]
+    by_base: bool
+    buffer: _Buffer | None = None  # None: the base computes it, or it is not its turn yet
+    reads: list[Future] = field(default_factory=list)
 
 
 class CachedStates:
@@ -134,18 +138,18 @@ class CachedStates:
         if not self._begun:
             self._free, self._used = self._free + self._used, []
         places, missing, by_base = self._settle(batch)
-        if by_base:
-            self._begun.append(_Begun(batch, missing, None, []))
-            return self.online.begin(batch)
-        if missing:
+        if missing and not by_base:
             batch = self._without(batch, missing)
-        self._begun.append(self._read(batch, places, missing))
-        return batch
+        self._begun.append(_Begun(batch, places, missing, by_base))
+        self._read_ahead()
+        return self.online.begin(batch) if by_base else batch
 
     def states(self, batch: TokenBatch) -> BaseStates:
+        self._free, self._used = self._free + self._used, []  # of the micro-batch before: its backward is done
         begun = self._begun.popleft()
         self._passed += 1
-        if begun.buffer is None:
+        if begun.by_base:
+            self._read_ahead()
             self._ran += 1
             states = self.online.states(batch)
             self.counts["generated"] += len(begun.batch.tokens)
@@ -157,13 +161,14 @@ class CachedStates:
         self.counts["cached"] += len(begun.reads)
         *taps, final = decode(begun.buffer.on_device(), self.dtype)
         self._used.append(begun.buffer)
+        self._read_ahead()
         return BaseStates(final if self._is_normed else self.readout.final(final), tuple(taps))
 
     def fill(self, batch: TokenBatch) -> None:
         """Adds to the store what it misses of a batch. All ranks call it together."""
         _, missing, by_base = self._settle(batch)
         if by_base:
-            self._begun.append(_Begun(batch, missing, None, []))
+            self._begun.append(_Begun(batch, [], missing, by_base))
             self.states(self.online.begin(batch).to(self.device))
         else:
             self.counts["cached"] += len(batch.tokens)
@@ -222,7 +227,14 @@ class CachedStates:
         places, missing = [], []
         return places, missing, any(utils.together(find))
 
-    def _read(self, batch: TokenBatch, places: list, missing: list[int]) -> _Begun:
+    def _read_ahead(self) -> None:
+        """Begins to read what is used next."""
+        for begun in itertools.islice(self._begun, _AHEAD):
+            if begun.buffer is None and not begun.by_base:
+                self._read(begun)
+
+    def _read(self, begun: _Begun) -> None:
+        batch = begun.batch
         shape = (len(self._taken), *batch.tokens.shape, self.store.hidden_size)
         buffer = next((buffer for buffer in self._free if buffer.host.numbers.shape == shape), None)
         if buffer is None:
@@ -232,12 +244,12 @@ class CachedStates:
             buffer.wait()
         tokens, documents = batch.tokens.numpy(), batch.document_ids.numpy()
         lengths = (batch.document_ids >= 0).sum(1).tolist()
-        reads = []
-        for row, (place, length) in enumerate(zip(places, lengths)):
+        begun.buffer = buffer
+        for row, (place, length) in enumerate(zip(begun.places, lengths)):
             buffer.clear(row, 0 if place is None else length)
             if place is not None:
-                reads.append(self._readers.submit(self.store.read, place, tokens[row], documents[row], self._taken, row, buffer.host))
-        return _Begun(batch, missing, buffer, reads)
+                read = self._readers.submit(self.store.read, place, tokens[row], documents[row], self._taken, row, buffer.host)
+                begun.reads.append(read)
 
     def _without(self, batch: TokenBatch, missing: list[int]) -> TokenBatch:
         """The batch with nothing to learn in the missing rows; shapes and order stay."""
@@ -256,6 +268,8 @@ class CachedStates:
     # ---- adding ----
 
     def _add(self, begun: _Begun, states: BaseStates) -> None:
+        if len(self._writing) >= _AHEAD:
+            wait([self._writing[-_AHEAD]])  # not its result, which `drain` looks at with all ranks
         stored = encode((*states.taps, states.final), self.store.dtype)
         copied = None
         if self.device.type == "cuda":

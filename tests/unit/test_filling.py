@@ -92,6 +92,38 @@ def test_counts_are_of_all_that_was_begun(tmp_path, monkeypatch):
     source.close()
 
 
+@pytest.mark.parametrize("online", [Base(), None])
+def test_memory_is_of_a_few_micro_batches(tmp_path, online):
+    """However many a step has; what is read is right for each of them."""
+    fill_all(new_source(tmp_path), [batch_of(*range(first, first + 3)) for first in range(0, 39, 3)])
+    source = new_source(tmp_path, online=online, keep=False)
+    for _ in range(2):
+        batches = [batch_of(first, (first * 5) % 39, first + 2) for first in range(0, 37)]
+        if online:
+            batches[7] = batches[20] = batch_of(3, 99, 4)  # which is not there
+        begun = [source.begin(batch) for batch in batches]
+        made = set()
+        for batch in begun:
+            states = source.states(batch)
+            expected = Base().states(batch)
+            assert torch.equal(states.final, expected.final) and torch.equal(states.taps[0], expected.taps[0])
+            made |= {id(each) for each in source._free + source._used + [begun.buffer for begun in source._begun] if each is not None}
+        assert len(made) <= 3
+    source.close()
+
+
+def test_writing_holds_little_in_memory(tmp_path, monkeypatch):
+    fail(monkeypatch, "_write", after=99)
+    source, pending = new_source(tmp_path), []
+    batches = [source.begin(batch_of(sample)) for sample in range(7)]
+    for batch in batches:
+        source.states(batch)
+        pending.append(sum(not write.done() for write in source._writing))
+    assert max(pending) <= 2
+    source.close()
+    assert len(StatesCache(tmp_path, "base", (1, -1), SIZE, "float32")) == 7
+
+
 class Failure(UserError):
     """Of another rank."""
 
