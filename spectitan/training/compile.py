@@ -26,7 +26,8 @@ def apply_compile(
     Args:
         enabled: `compile.enabled`; auto compiles on a GPU, and on a CPU if there is a C++ compiler.
         blocks: whole modules, whose inputs keep their shapes.
-        methods: modules and the names of their methods, whose inputs have another number of rows each time.
+        methods: modules and the names of their methods, whose inputs have another number of rows each time. With auto they stay eager on
+            a CPU, where compiled they are no faster.
         backend: as torch.compile's.
 
     Raises:
@@ -39,6 +40,8 @@ def apply_compile(
             raise UserError("compile.enabled = true needs a C++ compiler: g++ or clang++ in PATH, or CXX; or set auto or false")
         logger.info("compile.enabled = auto: no C++ compiler found, running eagerly")
         return False
+    if enabled == "auto" and device.type == "cpu":
+        methods = ()
     _compiling_is_a_sign_of_life()
     for block in blocks:
         block.compile(backend=backend)
