@@ -145,7 +145,8 @@ class Watchdog:
         self._left.set()
         self._news.set()
         for thread in self._threads:
-            thread.join(1)  # or not, if the store is gone
+            # Where the store is gone it may never return. Elsewhere it has to: Python ends such a thread inside C++, which aborts.
+            thread.join(60 if together else 1)
         if together:
             utils.any_rank(False)  # nobody ends while others might still ask the store in its process
 
