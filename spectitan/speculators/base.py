@@ -32,7 +32,7 @@ def align_targets(batch: TokenBatch, steps: int, lookahead: int = 1, keep: Tenso
     """
     documents, loss_mask = batch.document_ids, batch.loss_mask
     batch_size, length = documents.shape
-    teacher, state, step, row_in_batch = [], [], [], []
+    teacher, state, step = [], [], []
     for k in range(steps):
         distance = 1 + lookahead + k  # from state row to target
         if distance >= length:
