@@ -90,7 +90,9 @@ def main() -> None:
     }
     print(f"{'':<14}{'tokens/s':>10}{'of transformers':>18}{'texts as plain':>16}")
     for row in rows:
-        print(f"{row['way']:<14}{row['tokens_per_second']:>10.1f}{row['of_transformers']:>18.2f}{row['texts_equal_to_plain']:>12} / {len(prompts)}")
+        print(
+            f"{row['way']:<14}{row['tokens_per_second']:>10.1f}{row['of_transformers']:>18.2f}{row['texts_equal_to_plain']:>12} / {len(prompts)}"
+        )
     Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

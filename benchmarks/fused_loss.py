@@ -47,7 +47,9 @@ HEADS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["32000x512x6144", "4096x256x6144", "128000x512x2048"], help="vocabulary x width x rows")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["32000x512x6144", "4096x256x6144", "128000x512x2048"], help="vocabulary x width x rows"
+    )
     parser.add_argument("--losses", nargs="+", default=["ce", "kl_div"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--chunk-rows", nargs="+", type=int, default=[-1])
@@ -88,8 +90,11 @@ def compare(arguments: argparse.Namespace, allocator: str, shape: str, loss: str
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, "--way", way, "--chunk-rows", str(chunk_rows), *options, *compiled],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATORS[allocator],
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ALLOCATORS[allocator],
+        )
         for way, chunk_rows in ways
     ]
     calls = [[call(process) for process in processes] for _ in range(arguments.repeats + 1)]

@@ -41,10 +41,7 @@ def main() -> None:
         for way in ("ours", "line", "quarter"):
             (folder / way).mkdir()
         size = _in_a_process(write_documents, folder, arguments.text, arguments.megabytes, arguments.document_characters)
-        turns = [
-            {way: _in_a_process(measure, way, folder, arguments.tokenizer, size) for way in WAYS}
-            for _ in range(arguments.repeats)
-        ]
+        turns = [{way: _in_a_process(measure, way, folder, arguments.tokenizer, size) for way in WAYS} for _ in range(arguments.repeats)]
     report = {
         "turns": turns,
         "of_library": median_ratio(turns, "library", "ours"),

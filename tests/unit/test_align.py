@@ -89,9 +89,8 @@ def test_every_target_of_full_text_is_used_once_a_step():
 
 
 def test_targets_stay_on_the_host_beside_those_on_the_device():
-    batch = TokenBatch(
-        torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64), *torch.zeros(2, 1, dtype=torch.int64)
-    )
+    zeros = torch.zeros(1, 5, dtype=torch.int64)
+    batch = TokenBatch(zeros, torch.ones(1, 5, dtype=torch.bool), zeros, zeros[:, 0], zeros[:, 0])
     targets = align_targets(batch, steps=2)
     moved = targets.to(torch.device("meta"))
     assert moved.host is targets and moved.counts is targets.counts

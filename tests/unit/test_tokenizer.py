@@ -50,7 +50,16 @@ def test_tokenizer_json_gives_the_ids_of_transformers(tmp_path):
 
 
 # Emoji joined and coloured, flags, right to left with its marks, line ends, NUL, byte order marks, spaces at the ends.
-RARE = ["👩‍👩‍👧‍👦🏳️‍🌈 👍🏽 🇩🇪🇫🇷🇩", "مرحبا بالعالم שלום \u200fabc\u200e", "a\r\nb\r\r\n\n", "a\0b\0\0", "\ufeffabc \ufeff", "  two   ends  ", "\n", " "]
+RARE = [
+    "👩‍👩‍👧‍👦🏳️‍🌈 👍🏽 🇩🇪🇫🇷🇩",
+    "مرحبا بالعالم שלום \u200fabc\u200e",
+    "a\r\nb\r\r\n\n",
+    "a\0b\0\0",
+    "\ufeffabc \ufeff",
+    "  two   ends  ",
+    "\n",
+    " ",
+]
 CODE_POINTS = [*range(0xD800), *range(0xE000, 0x110000)]  # all but halves of pairs, which are no characters
 
 
