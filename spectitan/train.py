@@ -66,7 +66,7 @@ from spectitan.training.identity import check_identity, run_identity, warn_of_ot
 from spectitan.training.intervals import is_due, next_due, steps_of, steps_of_run
 from spectitan.training.loggers import check_loggers
 from spectitan.training.metrics import MetricsLogger
-from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rate, step_if_finite
+from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rates, step_if_finite
 from spectitan.training.reporter import Reporter
 from spectitan.training.run_folder import RunFolder, check_can_be_moved, check_can_be_written
 from spectitan.training.schedule import learning_rate_multiplier
@@ -407,7 +407,7 @@ class Trainer:
         max_norm = self.config.training.max_grad_norm
         self.grad_norms = {name: utils.clip_grad_norm(part.parameters(), max_norm) for name, part in self.trained.items()}
         multiplier = learning_rate_multiplier(self.step, self.total_steps, self.config.lr_scheduler, self.config.stage2.start_step)
-        self.learning_rates = {name: peak_learning_rate(name, self.config.optimizer) * multiplier for name in self.trained}
+        self.learning_rates = {name: multiplier * peak for name, peak in peak_learning_rates(self.trained, self.config.optimizer).items()}
         self.reporter.sums.add_step(step_if_finite(self.optimizer, multiplier, *self.grad_norms.values()))
 
     # ---- checkpoints and evaluation ----

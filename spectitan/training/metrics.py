@@ -92,7 +92,7 @@ class MetricsLogger:
         step: int,
         lr: float,
         grad_norm: float,
-        base: dict[str, float],
+        beside: dict[str, float],
         skipped_steps: int,
         unsupervised_steps: int,
         supervised_tokens: int,
@@ -110,7 +110,7 @@ class MetricsLogger:
         Args:
             step: optimizer steps done.
             grad_norm: of the last step, before clipping.
-            base: of a base trained with a speculator: base_loss, base_accuracy, base_grad_norm, base_lr; else nothing.
+            beside: of a base trained with a speculator base_loss, base_accuracy, base_grad_norm, base_lr; of what Muon trains muon_lr.
             skipped_steps: how many of the steps changed nothing, because a gradient norm was not finite.
             unsupervised_steps: how many of the steps had no target at all; they add nothing to the means.
             supervised_tokens: targets of the first head.
@@ -124,7 +124,7 @@ class MetricsLogger:
             per_head: means over supervised targets, one number a head: loss and accuracy at least.
         """
         memory = peak_memory()
-        scalars = {"lr": lr, "grad_norm": grad_norm, **base, "skipped_steps": skipped_steps, "unsupervised_steps": unsupervised_steps}
+        scalars = {"lr": lr, "grad_norm": grad_norm, **beside, "skipped_steps": skipped_steps, "unsupervised_steps": unsupervised_steps}
         scalars |= {"supervised_tokens": supervised_tokens}
         scalars |= {"tokens_per_second": tokens_per_second, "waiting": waiting, "flops_per_second": flops_per_second, "peak_memory": memory}
         record = {"step": step, **per_head, **scalars, "tokens_by_dataset": tokens_by_dataset, "sample_hash": sample_hash}
@@ -144,6 +144,8 @@ class MetricsLogger:
         parts = [f"step {step}/{self.total_steps}"]
         parts += [f"{name} " + " ".join(f"{value:.3f}" for value in per_head[name]) for name in ("loss", "accuracy")]
         parts += [f"grad norm {scalars['grad_norm']:.3g}", f"lr {scalars['lr']:.2e}"]
+        if "muon_lr" in scalars:
+            parts[-1] += f", Muon's {scalars['muon_lr']:.2e}"
         if "base_loss" in scalars:
             parts.append("base: loss {base_loss:.3f}, accuracy {base_accuracy:.3f}, grad norm {base_grad_norm:.3g}".format(**scalars))
         if scalars["skipped_steps"]:

@@ -1,11 +1,11 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), as torch.optim has it, of matrices that may be sharded."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 
 class Muon(torch.optim.Muon):
@@ -38,8 +38,8 @@ class Muon(torch.optim.Muon):
         weights, gradient, buffer = (_local(each) for each in (parameter, parameter.grad, self.state[parameter]["momentum_buffer"]))
         new_buffer = buffer.lerp(gradient, 1 - group["momentum"])
         update = gradient.lerp(new_buffer, group["momentum"]) if group["nesterov"] else new_buffer
-        direction = _zeropower_via_newtonschulz(_gather(update, parameter), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
+        direction = _orthogonal(_gather(update, parameter), group)
+        lr = group["lr"] * _adjustment(*parameter.shape, group["adjust_lr_fn"])
         new_weights = (weights * (1 - group["lr"] * group["weight_decay"])).add_(_own_part(direction, parameter), alpha=-lr)
         skipped = self.found_inf is not None and self.found_inf != 0
         _replace(buffer, new_buffer, skipped)
@@ -64,6 +64,22 @@ class Together:
         for part in self.parts:
             part.found_inf = self.found_inf
             part.step()
+
+
+def _orthogonal(update: Tensor, group: dict) -> Tensor:
+    """The Newton-Schulz iteration of torch's Muon, of a whole matrix: what its step without momentum and decay makes of a weight of 0."""
+    lies = update if update.shape[0] <= update.shape[1] else update.T  # its own rate is then not adjusted
+    weight = nn.Parameter(torch.zeros_like(lies))
+    weight.grad = lies
+    iteration = {name: group[name] for name in ("ns_coefficients", "eps", "ns_steps")}
+    torch.optim.Muon([weight], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0, **iteration).step()
+    turned = weight.detach().neg_()
+    return turned if lies is update else turned.T
+
+
+def _adjustment(rows: int, columns: int, adjust_lr_fn: str) -> float:
+    """See optimizer.muon_adjust_lr_fn."""
+    return 0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
 
 
 def _replace(target: Tensor, new: Tensor, skipped: Tensor | bool) -> None:

@@ -1,7 +1,7 @@
 """AdamW, or Muon and AdamW, over named parameters, a step that skips itself on the device, and the whole state as named tensors."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,12 @@ def _adamw(named_parameters: list[tuple[str, nn.Parameter]], config: Optimizer) 
 def peak_learning_rate(name: str, config: Optimizer) -> float:
     """Of a parameter or module, by its name: "base" and all in it have `base_lr`, if that is set."""
     return config.base_lr if name.partition(".")[0] == "base" and config.base_lr != -1 else config.lr
+
+
+def peak_learning_rates(parts: Iterable[str], config: Optimizer) -> dict[str, float]:
+    """Of each part that is trained ("speculator", "base"), and "muon": of what Muon trains of the speculator."""
+    rates = {part: peak_learning_rate(part, config) for part in parts}
+    return rates | {"muon": config.muon_lr} if config.name == "muon" else rates
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | Together) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class Reporter:
         """Writes the report of the steps up to `step`: the one place where the host waits for the device. All ranks call it together.
 
         Args:
-            learning_rates, grad_norms: of the last step, for "speculator", "base" or both.
+            learning_rates, grad_norms: of the last step, for "speculator", "base" or both; a rate for "muon" too, where it is used.
         """
         self.refuse_bad()
         sums, counts = self.sums.total(), self.sums.counts
@@ -69,18 +69,18 @@ class Reporter:
         flops = self.work(self.sums.first_step, step, self.sums.counts.tolist(), self.sums.tokens)
         here = (step - self.timed_step) / steps / seconds  # after a resume, not all of the steps were timed
         means = add_conditional(dict(zip(self.columns, (sums / counts.clamp_min(1)[:, None]).T.tolist())))
-        part, base = next(iter(grad_norms)), {}
+        part, beside = next(iter(grad_norms)), {}
         if len(grad_norms) == 2:  # a joint run: the report is of the speculator, with the base's row beside it
             part, counts = "speculator", counts[1:]
-            base = {f"base_{name}": means[name][0] for name in ("loss", "accuracy")}
-            base |= {"base_grad_norm": grad_norms["base"].item(), "base_lr": learning_rates["base"]}
+            beside = {f"base_{name}": means[name][0] for name in ("loss", "accuracy")} | {"base_grad_norm": grad_norms["base"].item()}
             means = {name: rows[1:] for name, rows in means.items()}
+        beside |= {f"{name}_lr": rate for name, rate in learning_rates.items() if name != part}
         self.metrics.report(
             step=step,
             lr=learning_rates[part],
             **means,
             grad_norm=grad_norms[part].item(),
-            base=base,
+            beside=beside,
             skipped_steps=self.sums.skipped(),
             unsupervised_steps=self.sums.unsupervised_steps,
             supervised_tokens=int(counts[0]),

@@ -14,7 +14,7 @@ def report(step: int, loss: float = 2.0) -> dict:
         loss=[loss, 3.0],
         accuracy=[0.25, 0.125],
         grad_norm=0.5,
-        base={},
+        beside={},
         skipped_steps=0,
         unsupervised_steps=0,
         supervised_tokens=100,
@@ -77,18 +77,20 @@ def test_console_line_is_readable_and_a_skipped_step_is_said(tmp_path, caplog):
         logger = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=0)
         logger.report(**report(10))
         base = {"base_loss": 1.5, "base_accuracy": 0.5, "base_grad_norm": 0.25, "base_lr": 1e-4}
-        logger.report(**report(20) | {"grad_norm": math.nan, "skipped_steps": 3, "base": base})
+        logger.report(**report(20) | {"grad_norm": math.nan, "skipped_steps": 3, "beside": base | {"muon_lr": 0.0125}})
         logger.close()
     formula, good, bad = (record.getMessage() for record in caplog.records)
     assert "useful FLOP/s =" in formula
-    for part in ("step 10/40", "loss 2.000 3.000", "accuracy 0.250 0.125", "grad norm 0.5", "lr 1.00e-03"):
+    for part in ("step 10/40", "loss 2.000 3.000", "accuracy 0.250 0.125", "grad norm 0.5", "lr 1.00e-03 |"):
         assert part in good
+    assert "lr 1.00e-03, Muon's 1.25e-02 |" in bad
     for part in ("1,234 tokens/s", "data 1.0%", "GB", "0.1 TFLOP/s"):
         assert part in good
     assert "\n" not in good and "skipped" not in good and "base" not in good
     assert "grad norm nan" in bad and "3 steps skipped" in bad and "base: loss 1.500, accuracy 0.500, grad norm 0.25" in bad
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     assert record["grad_norm"] is None and record["skipped_steps"] == 3 and record.items() >= base.items()  # JSON has no NaN
+    assert record["muon_lr"] == 0.0125
 
 
 def test_tensorboard_has_every_number_and_none_twice_after_a_resume(tmp_path):

@@ -10,7 +10,7 @@ from spectitan.config.sections import Objective, Optimizer
 from spectitan.distributed.utils import backward, clip_grad_norm
 from spectitan.models.llama import LlamaConfig
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
-from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
+from spectitan.training.optimizer import build_optimizer, optimizer_tensors, peak_learning_rates, step_if_finite
 
 VOCAB = 61  # no other size in a family's parameters
 INNER = {"up.weight", "down.weight"}
@@ -88,6 +88,12 @@ def test_an_update_is_nearly_orthogonal():
         diagonal = torch.diagonal(u.mT @ update @ v.mT)
         large = sizes > 0.05 * sizes[0]  # smaller ones are not at their limit after five iterations
         assert large.sum() >= 2 and (diagonal[large] > 0.6).all() and (singular_values(update) < 1.3).all(), name
+
+
+def test_its_rate_is_told_beside_adamws():
+    config = Optimizer(name="muon", lr=0.003, base_lr=0.002, muon_lr=0.04)
+    assert peak_learning_rates(["speculator", "base"], config) == {"speculator": 0.003, "base": 0.002, "muon": 0.04}
+    assert peak_learning_rates(["speculator"], Optimizer(lr=0.003)) == {"speculator": 0.003}
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
