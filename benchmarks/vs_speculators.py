@@ -349,7 +349,7 @@ def measure(run: Run, environment: Path) -> tuple[dict[str, list[dict]], dict]:
         for way, of_way in workers.items():
             steps[way].append(of_way.step())
     validation = workers["speculators"].record()["validation"]
-    for way, of_way in workers.items():
+    for of_way in workers.values():
         of_way.process.stdin.close()
         of_way.process.stdout.read()
         assert of_way.process.wait() == 0, of_way.log.read_text()[-3000:]

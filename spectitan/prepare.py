@@ -299,7 +299,10 @@ def _marked(ids: list[int], supervised: list[bool], tokenizer: Tokenizer, colour
         before, after = marks.get((supervised[start], colour), ("", ""))
         run = ""
         for is_special, group in itertools.groupby(ids[start:stop], tokenizer.specials.__contains__):
-            run += "".join(map(tokenizer.specials.get, group)) if is_special else decoder.push(group) + decoder.finish()
+            if is_special:
+                run += "".join(map(tokenizer.specials.get, group))
+            else:
+                run += decoder.push(group) + decoder.finish()
         text += before + "".join(map(_visible, run)) + after
     return text
 

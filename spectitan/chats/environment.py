@@ -62,7 +62,7 @@ class Program:
 class Marks(Extension):
     """{% generation %} ... {% endgeneration %}, and calls that `_mark_loops` puts into loops."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
     has_generation_tags = False
 
     def __init__(self, environment: jinja2.Environment):

@@ -99,7 +99,7 @@ def _write_places(output: np.ndarray, kept: np.ndarray) -> None:
 def _whole_documents(folder: Path, shards: Shards, packing: str, overlong: str, seq_length: int) -> dict:
     """A counting sort of the parts by length, the longest first; then each goes to the place in a row that the plan gives it."""
     of_length, counts = np.zeros(seq_length + 1, np.int64), Counter()
-    for begins, lengths in _parts(shards, overlong, seq_length, counts):
+    for _, lengths in _parts(shards, overlong, seq_length, counts):
         of_length += np.bincount(lengths, minlength=seq_length + 1)
     placed, samples = _PLANS[packing](of_length, seq_length)
     parts, tokens = int(of_length.sum()), int(of_length @ np.arange(seq_length + 1))

@@ -43,7 +43,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     fingerprint: str
     chat_template: ChatTemplate | None = None
-    specials: dict[int, str] = {}  # noqa: RUF012
+    specials: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without bos_id and eos_id."""

@@ -31,7 +31,7 @@ def align_targets(batch: TokenBatch, steps: int, lookahead: int = 1, keep: Tenso
         keep: bool [batch, seq, steps], a family's own choice among (state row, step) pairs; None keeps all.
     """
     documents, loss_mask = batch.document_ids, batch.loss_mask
-    batch_size, length = documents.shape
+    length = documents.shape[1]
     teacher, state, step = [], [], []
     for k in range(steps):
         distance = 1 + lookahead + k  # from state row to target

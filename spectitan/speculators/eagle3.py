@@ -25,7 +25,6 @@ from spectitan.speculators.speculators_folders import read_speculative_tokens, s
 from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, cached_bias, choose_backend, document_spans
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
-
 _ROWS = 64
 
 

@@ -9,7 +9,8 @@ import pickle
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, metadata as dcp_metadata
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,

@@ -19,7 +19,6 @@ from spectitan.data.tokenizer import train_bpe
 from tests.integration import tiny
 from tests.integration.tiny import PROGRAMS, SHORT
 
-
 # ---- configuration ----
 
 

@@ -71,7 +71,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, flags, run, tmp_path):
 
 
 def test_other_counts_are_another_vocabulary(world, flags, run, tmp_path, capsys):
-    torch.save({token: 1 for token in range(200, 290)}, tmp_path / "other.pt")
+    torch.save(dict.fromkeys(range(200, 290), 1), tmp_path / "other.pt")
     assert train.main(world.flags(run, **flags | {"speculator__token_freq_path": str(tmp_path / "other.pt")})) == 2
     assert "speculator." in capsys.readouterr().err
 

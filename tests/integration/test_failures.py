@@ -22,7 +22,6 @@ from spectitan.training.checkpoint import Checkpointer, read_tensors
 from tests.integration import tiny
 from tests.integration.tiny import SHORT
 
-
 # ---- checkpoints ----
 
 

@@ -112,7 +112,7 @@ def test_the_resolved_configuration_runs_again_bit_equal(run, tmp_path):
 def plain_loss(base, speculator, batch, counts: list[int], heads: int) -> torch.Tensor:
     """Document by document, no packing, no fused loss: the sum over heads of the mean cross-entropy (counts are the global ones)."""
     total = torch.zeros((), dtype=torch.float64)
-    for document, tokens in documents_of(batch):
+    for _, tokens in documents_of(batch):
         hidden = base(tokens[None]).final[0]
         if speculator is None:
             total = total + F.cross_entropy(base.readout.logits(hidden[:-1]), tokens[1:], reduction="sum") / counts[0]

@@ -19,8 +19,8 @@ from spectitan.decoding.speculative import generate_speculative
 from spectitan.decoding.tree import generate_tree
 from spectitan.errors import UserError
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
-from spectitan.speculators.next_token import NextToken
 from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
+from spectitan.speculators.next_token import NextToken
 from spectitan.states.online import OnlineStates
 from spectitan.types import TokenBatch
 from tests.unit.toy_models import OracleDrafter, TableDrafter, ToyBase

@@ -415,10 +415,10 @@ def test_recipes_load(path):
 
 
 def test_keys_have_help_and_defaults_that_are_allowed():
-    for key in all_keys():
-        assert key.help and "\n" not in key.help
-        assert repr(key.checked(key.default, "default")) == repr(key.default)
-        assert key.type in (bool, int, float, str, int | str) or key.is_list and key.item_type in (int, float, str)
+    for each in all_keys():
+        assert each.help and "\n" not in each.help
+        assert repr(each.checked(each.default, "default")) == repr(each.default)
+        assert each.type in (bool, int, float, str, int | str) or each.is_list and each.item_type in (int, float, str)
 
 
 def test_defaults_are_not_shared():
@@ -437,9 +437,9 @@ def test_help_prints_every_key_with_meaning_and_default(columns, width, monkeypa
     assert max(map(len, text.splitlines())) <= width
     assert text.startswith("usage: python -m spectitan.evaluate")
     words = re.sub(r"\s+", " ", text)
-    for key in all_keys() + list(keys_of("speculator", Beta).values()):
-        default = manager.toml_value(key.default)
-        description = f"--{key.label} {key.help} ("
+    for each in all_keys() + list(keys_of("speculator", Beta).values()):
+        default = manager.toml_value(each.default)
+        description = f"--{each.label} {each.help} ("
         assert description in words
         assert re.match(rf"[^;]*; default {re.escape(default)}\)", words.split(description)[1])
     for table in typing.get_type_hints(Config):

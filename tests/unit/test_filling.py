@@ -98,7 +98,7 @@ def test_memory_is_of_a_few_micro_batches(tmp_path, online):
     fill_all(new_source(tmp_path), [batch_of(*range(first, first + 3)) for first in range(0, 39, 3)])
     source = new_source(tmp_path, online=online, keep=False)
     for _ in range(2):
-        batches = [batch_of(first, (first * 5) % 39, first + 2) for first in range(0, 37)]
+        batches = [batch_of(first, (first * 5) % 39, first + 2) for first in range(37)]
         if online:
             batches[7] = batches[20] = batch_of(3, 99, 4)  # which is not there
         begun = [source.begin(batch) for batch in batches]

@@ -196,7 +196,7 @@ def test_compiled_mixtures(monkeypatch):
 @pytest.mark.parametrize("loss", [*SOFT, ALL])
 def test_a_drafter_that_is_its_teacher(loss):
     """Losses are 0 (ce_argmax apart), alpha is 1, and where a loss is smooth its gradient is 0."""
-    hidden, weight, row_weights, targets, teacher = make_case()
+    hidden, weight, row_weights, targets, _ = make_case()
     rows = torch.arange(len(hidden))
     _, row_stats = fused((hidden, weight, row_weights, targets, Teacher(hidden.detach(), weight.detach(), rows)), loss)
     assert (row_stats[:, 1] == 1).all()

@@ -124,7 +124,7 @@ def test_cached_ragged_rows_and_trees_equal_each_row_in_transformers(pair):
 
 
 def test_flops_count_the_experts_that_a_token_meets(pair):
-    ours, theirs, _ = pair
+    ours, _, _ = pair
     per_token = 0
     for name, parameter in ours.backbone.named_parameters():
         if parameter.dim() >= 2 and ("layers." in name or name.startswith("h.")):

@@ -168,7 +168,7 @@ def test_what_cannot_be_a_name_is_not_looked_for(cache, monkeypatch, path):
 class Response:
     """What the errors of huggingface_hub keep of an answer."""
 
-    status_code, headers, request = 401, {}, None  # noqa: RUF012
+    status_code, headers, request = 401, {}, None
 
 
 @pytest.mark.parametrize(

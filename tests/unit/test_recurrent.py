@@ -38,7 +38,7 @@ def make_speculator(n: int, tied: bool, scaled: bool, loss: str = "ce", width: i
     generator = torch.Generator().manual_seed(seed)
     speculator.init_weights(generator)
     with torch.no_grad():
-        for name, parameter in speculator.named_parameters():
+        for parameter in speculator.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return speculator.to(dtype)

@@ -9,13 +9,16 @@ from spectitan.training.schedule import learning_rate_multiplier
 def reference_two_stage(num_steps: int, start: int):
     """fms-fsdp's schedule, transcribed: `start` is stage2.start_step."""
     warmup1 = min(2000, start // 20)
-    stage1 = lambda x: min(1 - (1 - min(x, warmup1) / warmup1) ** 2, 0.1 + 0.5 * (1 - 0.1) * (1 + math.cos(x / start * math.pi)))
     length = num_steps - start
     warmup2 = min(2000, length // 20)
-    stage2 = lambda x: min(
-        0.1 * (1 - (1 - min(x, warmup2) / warmup2) ** 2),
-        0.01 + 0.05 * (1 - 0.1) * (1 + math.cos(min(x, length) / length * math.pi)),
-    )
+
+    def stage1(x: int) -> float:
+        return min(1 - (1 - min(x, warmup1) / warmup1) ** 2, 0.1 + 0.5 * (1 - 0.1) * (1 + math.cos(x / start * math.pi)))
+
+    def stage2(x: int) -> float:
+        cosine = 0.01 + 0.05 * (1 - 0.1) * (1 + math.cos(min(x, length) / length * math.pi))
+        return min(0.1 * (1 - (1 - min(x, warmup2) / warmup2) ** 2), cosine)
+
     return lambda x: stage1(x) if x <= start else stage2(x - start)
 
 
@@ -29,7 +32,10 @@ def test_two_stage_is_the_reference(num_steps, start):
 
 def test_two_stage_at_points_computed_by_hand():
     config = LRScheduler(type="two_stage")
-    rate = lambda step: learning_rate_multiplier(step, 21000, config, 15000)
+
+    def rate(step: int) -> float:
+        return learning_rate_multiplier(step, 21000, config, 15000)
+
     assert rate(0) == 0
     assert rate(375) == pytest.approx(0.75)  # warm-up is 750 steps: 1 - (1/2)^2
     assert rate(7500) == pytest.approx(0.55)  # half of the cosine from 1 to 0.1

@@ -14,8 +14,14 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from spectitan.data.tokenizer import (
-    LLAMA3_PATTERN, JsonTokenizer, SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, load_tokenizer, train_bpe,
-)  # fmt: skip
+    LLAMA3_PATTERN,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    StreamDecoder,
+    TiktokenTokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from spectitan.errors import UserError
 from tests.unit.data_fixtures import text, tokenizer_folder
 from tests.unit.tokenizer_fixtures import JSON, KINDS, SENTENCEPIECE, prose, write

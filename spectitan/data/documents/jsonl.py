@@ -31,5 +31,5 @@ def _decoded(line: bytes, first: bool) -> dict:
     except RecursionError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}; allowed: an object")  # noqa: TRY004
+        raise ValueError(f"a JSON {type(row).__name__}; allowed: an object")
     return row

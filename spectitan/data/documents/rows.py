@@ -93,7 +93,7 @@ def kind_of(names: Collection[str], kinds: Sequence[Kind]) -> Kind:
 def _text(row: dict, data: Data) -> str:
     text = row[data.text_column]
     if not isinstance(text, str):
-        raise ValueError(f"{data.text_column!r} is a {type(text).__name__}; allowed: a string")  # noqa: TRY004
+        raise ValueError(f"{data.text_column!r} is a {type(text).__name__}; allowed: a string")
     return _characters(text, repr(data.text_column))
 
 
