@@ -6,7 +6,7 @@
 #       bash scripts/arctic_quickstart.sh --base.path BASE
 #
 # Variables are taken from the environment; --section.key value goes to the programs and wins. The same command goes on from where
-# it was stopped. SOURCE is text, chats (a column "messages") or prompts with responses; see README.
+# it was stopped. SOURCE is text, chats (a column "messages") or prompts with responses; see docs/data.md.
 set -euo pipefail
 
 DATA_GEN=${DATA_GEN:-1}              # 1: generate training data; 0: it is in DATA already

@@ -1,4 +1,4 @@
-"""Every row of README's tables of formats: prepare and train take an example of it, and ids and masks are those that were written."""
+"""Every row of the tables of formats in docs/data.md: prepare and train take an example of it, and ids and masks are those that were written."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.integration import tiny
 from tests.unit.data_fixtures import documents_of, masks_of
 from tests.unit.source_fixtures import hub_snapshot, packed, save_to_disk, write_fms_shard, write_stream
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 TEXTS = [tiny.text(number) for number in (100, 101, 102)]
 IDS = [[(number * 37 + place * 11) % (tiny.VOCAB - 1) + 1 for place in range(5 + 13 * number)] for number in range(1, 5)]
 MASKS = [[(place + len(ids)) % 3 > 0 for place in range(len(ids))] for ids in IDS]
@@ -144,14 +144,14 @@ KINDS = {
 
 
 def first_cells(head: str) -> list[str]:
-    table = README[README.index(head) :].partition("\n\n")[0]
+    table = PAGE[PAGE.index(head) :].partition("\n\n")[0]
     return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
 
 
 def test_every_row_of_the_tables_has_its_example():
     rows = first_cells("| files | hold |") + first_cells("| a row has the columns |")
     assert len(rows) == 15 and rows == list(EXAMPLES)
-    formats = re.search(r"\| files \| hold \|.*?\n\n", README, re.DOTALL)[0]
+    formats = re.search(r"\| files \| hold \|.*?\n\n", PAGE, re.DOTALL)[0]
     named = {line.split(" | ")[-1].rstrip(" |") for line in formats.splitlines()[2:] if line}
     assert named == {"text", "jsonl", "parquet", "arrow", "pt", "all"}
 
@@ -163,8 +163,8 @@ def base(world) -> Path:
 
 
 def formats(row: str) -> list[str]:
-    """auto, but for what it leaves alone, and the format that README says."""
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row} |")]
+    """auto, but for what it leaves alone, and the format that the page says."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row} |")]
     said = line.split(" | ")[-1].rstrip(" |")
     return [said] if row == PT else ["auto", said] if said in ("text", "jsonl", "parquet", "arrow") else ["auto"]
 

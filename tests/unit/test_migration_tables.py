@@ -1,4 +1,4 @@
-"""README's tables of other systems' parameters: our side exists with the values it says, their side is complete."""
+"""The tables of other systems' parameters: our side exists with the values it says, their side is complete."""
 
 import re
 import typing
@@ -50,7 +50,7 @@ class Row(typing.NamedTuple):
 
 
 def tables() -> dict[str, list[Row]]:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Coming from other systems\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
     found = {}
     for part in section.split("\n**")[1:]:
         recipe = re.search(r"train_configs/([\w.]+)\.toml", part)[1]
