@@ -16,11 +16,12 @@ from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Document, Foun
 from spectitan.data.documents.formats import table_of
 from spectitan.data.documents.reading import check_first_rows
 from spectitan.data.encoding import Encoded, encoded
+from spectitan.data.meta import BrokenFolder
 from spectitan.data.overlap import PromptWindows
 from spectitan.data.progress import Progress
 from spectitan.data.prompts import load_prompts
 from spectitan.data.rendering import rendered, texts_of
-from spectitan.data.shards import FORMAT_VERSION, BrokenShards, Shards, ShardWriter
+from spectitan.data.shards import FORMAT_VERSION, Shards, ShardWriter
 from spectitan.data.source_hash import Memory, SourceHash, content_hash, names_and_sizes
 from spectitan.data.tokenizer import Tokenizer
 from spectitan.errors import UserError
@@ -129,7 +130,8 @@ def _tokenised(
         memory.keep(content)
         return cache / f"{made_from}-{content}"
 
-    return open_or_make(cache / f"{made_from}.lock", f"data {dataset.name}: tokenising", find, _open, write)
+    open_folder = functools.partial(_open, check_content=data.verify == "content")
+    return open_or_make(cache / f"{made_from}.lock", f"data {dataset.name}: tokenising", find, open_folder, write)
 
 
 def cache_folder(data: Data) -> Path:
@@ -159,12 +161,12 @@ def _reading_of_tables(dataset: Dataset, data: Data, tokenizer: Tokenizer) -> li
     return [*keys, tokenizer.chat_template and tokenizer.chat_template.fingerprint]
 
 
-def _open(folder: Path) -> Shards | None:
+def _open(folder: Path, check_content: bool) -> Shards | None:
     if not folder.exists():
         return None
     try:
-        return Shards(folder)
-    except BrokenShards as error:
+        return Shards(folder, check_content)
+    except BrokenFolder as error:
         logger.warning("tokenised data is broken and is made again: %s", error)
         return None
 

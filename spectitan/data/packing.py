@@ -1,6 +1,5 @@
 """Samples of a dataset: rows of seq_length tokens, filled with documents as data.packing says."""
 
-import json
 import logging
 from fractions import Fraction
 from pathlib import Path
@@ -10,16 +9,13 @@ import numpy as np
 
 from spectitan.config.sections import Data
 from spectitan.data.cached_folder import open_or_make
+from spectitan.data.meta import BrokenFolder, read_meta
 from spectitan.data.packing_index import write_index
 from spectitan.data.shards import Shards
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 2  # of the index; another number, other samples
-
-
-class BrokenIndex(ValueError):
-    """A packing's folder that is not as it was written."""
 
 
 class Packing(NamedTuple):
@@ -55,25 +51,26 @@ class PackedDataset:
 
     Pickles as its folders, so that worker processes map the files themselves.
 
+    Args:
+        check_content: reads all of the index, to see that it is as it was written; else only the files' lengths are looked at.
+
     Attributes:
         num_tokens: in all samples, padding left out.
         counts: what happened to documents -> how often.
     """
 
-    def __init__(self, shards: Shards, packing: Packing):
+    def __init__(self, shards: Shards, packing: Packing, check_content: bool = False):
         self._shards, self._packing = shards, packing
         folder = shards.folder / packing.folder
+        meta = read_meta(folder, check_content)
         try:
-            meta = json.loads((folder / "meta.json").read_bytes())
-            if {name: (folder / name).stat().st_size for name in meta["files"]} != meta["files"]:
-                raise BrokenIndex(f"{folder}: files are not as long as they were")
             self._samples, self.num_tokens, self.counts = meta["samples"], meta["tokens"], meta["counts"]
             self._cuts, self._rows, self._begins, self._lengths = (
                 np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray) if name in meta["files"] else None
                 for name in ("cuts.npy", "rows.npy", "begins.npy", "lengths.npy")
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BrokenIndex(f"{folder}: {error}") from None
+            raise BrokenFolder(f"{folder}: {error}") from None
 
     def __reduce__(self):
         return PackedDataset, (self._shards, self._packing)
@@ -163,8 +160,8 @@ def packed(shards: Shards, data: Data, name: str) -> PackedDataset:
         if not folder.exists():
             return None
         try:
-            return PackedDataset(shards, packing)
-        except BrokenIndex as error:
+            return PackedDataset(shards, packing, check_content=data.verify == "content")
+        except BrokenFolder as error:
             logger.warning("the packing of data %s is broken and is made again: %s", name, error)
             return None
 

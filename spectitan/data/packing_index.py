@@ -1,6 +1,6 @@
 """The index of a packing: which parts of documents each sample holds. Made once for shards and keys, and kept beside the shards.
 
-    meta.json          "samples", "tokens" (in all of them) and "counts" {what happened to documents: how often}
+    meta.json          "samples", "tokens" (in all of them) and "counts" {what happened to documents: how often}; lengths and checksums of the files
     cuts.npy           int64 [samples], for concatenation: which seq_length tokens of the stream each sample is; all, where there is no such file
     rows.npy           int64 [samples + 1], where each sample's parts begin in the next two; these three not for concatenation
     begins.npy         int64 [parts], where a part begins in all of the ids of the shards
@@ -10,7 +10,6 @@ While it is made, memory is that of the files' maps, 20 bytes a part (8 a docume
 may put out what is not in use.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 
 from spectitan.data.best_fit import Placed, best_fit, one_a_row
+from spectitan.data.meta import write_meta
 from spectitan.data.order import permuted
 from spectitan.data.shards import Shards
-from spectitan.files import sync
 from spectitan.keyed_random import hash_keys
 
 _PLANS = {"best_fit": best_fit, "document": one_a_row}
@@ -38,10 +37,7 @@ def write_index(folder: Path, shards: Shards, packing: str, overlong: str, seq_l
         meta = _concatenation(folder, shards, seq_length)
     else:
         meta = _whole_documents(folder, shards, packing, overlong, seq_length)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / "meta.json").write_text(json.dumps(meta | {"files": sizes}, indent=1))
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
+    write_meta(folder, meta)
 
 
 def _concatenation(folder: Path, shards: Shards, seq_length: int) -> dict:

@@ -1,6 +1,6 @@
 """Tokenised documents on disk: flat files of ids, an index of where documents begin, and the fixed order they are packed in.
 
-    meta.json                  what is here: counts, dtype, size of each file
+    meta.json                  what is here: counts, dtype, length and checksum of each file
     tokens-00000.bin, ...      ids of document after document, uint16 or uint32; a document lies in one file
     masks-00000.bin, ...       one bit for each id of that file, 1: it may be a target, first id in the highest bit; where
                                there is no such file, every id may be
@@ -12,7 +12,6 @@
 Everything is read through memory maps; nothing grows with the corpus but the files.
 """
 
-import json
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from spectitan.data.meta import BrokenFolder, read_meta, write_meta
 from spectitan.data.order import permuted
-from spectitan.files import sync
 
 FORMAT_VERSION = 3
 SHARD_TOKENS = 2**32  # a new file is begun after this many ids: a mapped file keeps a descriptor, of which a process has about 1,000
@@ -29,12 +28,11 @@ _INDEX_ROWS = 2**20  # index rows in memory at once
 _ORDER_KEY = 0x5EC717A2  # chooses the fixed permutation of documents
 
 
-class BrokenShards(ValueError):
-    """A folder of shards that is not as it was written."""
-
-
 class Shards:
     """Reads what ShardWriter wrote. Pickles as its folder, so that worker processes map the files themselves.
+
+    Args:
+        check_content: reads all of the files, to see that they are as they were written; else only their lengths are looked at.
 
     Attributes:
         meta: what the writer was given, with "documents", "tokens", "supervised" (tokens that may be targets) and "longest" (document).
@@ -43,13 +41,10 @@ class Shards:
         masked: whether any id is kept from being a target.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, check_content: bool = False):
         self.folder = Path(folder)
+        self.meta = read_meta(self.folder, check_content)
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_bytes())
-            sizes = {name: (self.folder / name).stat().st_size for name in self.meta["files"]}
-            if sizes != self.meta["files"]:
-                raise BrokenShards(f"{self.folder}: files are not as long as they were")
             self.offsets, self.order, self.stream = (
                 _plain(np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in ("offsets", "order", "stream")
             )
@@ -58,7 +53,7 @@ class Shards:
             masks = [path.name.replace("tokens-", "masks-") for path in self.token_files]
             self._masks = [_map(self.folder / name, "u1") if name in self.meta["files"] else None for name in masks]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BrokenShards(f"{self.folder}: {error}") from None
+            raise BrokenFolder(f"{self.folder}: {error}") from None
         self.masked = any(mask is not None for mask in self._masks)
         self._file_starts = np.cumsum([0] + [len(tokens) for tokens in self.tokens]).tolist()
 
@@ -142,12 +137,8 @@ class ShardWriter:
         _write_npy(self._folder / "stream.npy", self.documents + 1, _running_sum(lengths[order[rows]] for rows in _slices(self.documents)))
         del lengths, order
         lengths_path.unlink()
-        sizes = {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())}
         counts = {"documents": self.documents, "tokens": self.tokens, "supervised": self.supervised, "longest": self.longest}
-        content = meta | counts | {"dtype": self._dtype.str, "files": sizes}
-        (self._folder / "meta.json").write_text(json.dumps(content, indent=1))
-        for path in [*self._folder.iterdir(), self._folder]:
-            sync(path)
+        write_meta(self._folder, meta | counts | {"dtype": self._dtype.str})
 
     def close(self) -> None:
         """Closes the files of shards that will not be finished."""

@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from spectitan.data.shards import Shards, ShardWriter
 from spectitan.errors import UserError
 from tests.unit.data_fixtures import documents_of, masks_of
 from tests.unit.test_best_fit import one_by_one
-from tests.unit.test_shards import contents, start
+from tests.unit.test_shards import contents, flip_a_bit, start
 
 whole_documents = pytest.mark.parametrize("packing", ["best_fit", "document"])
 
@@ -203,6 +204,19 @@ def test_a_damaged_index_is_made_again(tmp_path, caplog, name):
     os.truncate(path, path.stat().st_size - 8)
     packed(shards, data, "name")
     assert contents(shards.folder) == before and "packing of data name is broken" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["meta.json", "rows.npy", "begins.npy", "lengths.npy"])
+def test_a_flipped_bit_in_an_index_is_found_where_content_is_verified(tmp_path, caplog, name):
+    shards, data = make_shards(tmp_path, [5, 9, 30] * 20), Data(packing="best_fit", seq_length=17)
+    packed(shards, data, "name")
+    before = contents(shards.folder)
+    (path,) = shards.folder.glob(f"packing-*/{name}")
+    flip_a_bit(path)
+    packed(shards, replace(data, verify="stat"), "name")
+    assert contents(shards.folder) != before
+    packed(shards, data, "name")
+    assert contents(shards.folder) == before and f"{name}: not as it was written" in caplog.text
 
 
 def test_keys_that_decide_samples_have_indexes_of_their_own(tmp_path):

@@ -19,9 +19,10 @@ import pytest
 
 from spectitan.data import encoding, source_hash
 from spectitan.data.corpus import tokenise_held_out, tokenise_training
+from spectitan.data.meta import BrokenFolder
 from spectitan.data.overlap import PromptWindows, count_overlap
 from spectitan.data.prompts import load_prompts
-from spectitan.data.shards import BrokenShards, Shards, ShardWriter
+from spectitan.data.shards import Shards, ShardWriter
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.errors import StopRequested, UserError
 from tests.unit.data_fixtures import ByteTokenizer, documents_of, make_data, masks_of, text, tokenizer_folder, write_texts
@@ -39,6 +40,14 @@ def start(target, *arguments):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of a number; the file keeps its length."""
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"}") - 20 if path.suffix == ".json" else -2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (0, 0))  # another than that of a write in the same tick of the clock
 
 
 # ---- the files ----
@@ -87,7 +96,7 @@ def test_masks_are_kept_as_bits_beside_the_ids_that_have_one(tmp_path):
     sizes = [(path.stat().st_size, len(shards.tokens[int(path.name[6:11])])) for path in tmp_path.glob("masks-*")]
     assert all(size == -(-tokens // 8) for size, tokens in sizes)
     (tmp_path / "masks-00010.bin").unlink()
-    with pytest.raises(BrokenShards):
+    with pytest.raises(BrokenFolder):
         Shards(tmp_path)
 
 
@@ -127,7 +136,7 @@ def test_damaged_shards_are_noticed(tmp_path, damage):
         meta = json.loads((tmp_path / "meta.json").read_text())
         meta["files"]["order.npy"] = (tmp_path / "order.npy").stat().st_size
         (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(BrokenShards):
+    with pytest.raises(BrokenFolder):
         Shards(tmp_path)
 
 
@@ -208,6 +217,17 @@ def test_a_damaged_cache_is_made_again(tmp_path, caplog):
     assert "broken" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "masks-00000.bin", "offsets.npy", "order.npy", "stream.npy", "meta.json"])
+def test_a_flipped_bit_in_the_cache_is_found_where_content_is_verified(tmp_path, caplog, name):
+    rows = [json.dumps({"question": text(i), "answer": text(i + 50)}) for i in range(9)]
+    write_texts(tmp_path / "text", {"rows.jsonl": "\n".join(rows)})
+    folder = tokenised(make_data(tmp_path), ByteTokenizer()).folder
+    before = contents(folder)
+    flip_a_bit(folder / name)
+    assert contents(tokenised(make_data(tmp_path, verify="stat"), ByteTokenizer()).folder) != before
+    assert contents(tokenised(make_data(tmp_path), ByteTokenizer()).folder) == before and f"{name}: not as it was written" in caplog.text
+
+
 def test_datasets_without_documents(tmp_path):
     write_texts(tmp_path / "text", {"a.txt": "", "b.txt": "x"})
     with pytest.raises(UserError, match="empty dataset, no training document in it; its documents: 1 empty, 1 one token"):
@@ -274,7 +294,7 @@ PLACES = [
     ("secrets:token_hex", 1),  # the lock is there and nothing else
     ("spectitan.data.shards:ShardWriter.add", 5),
     ("spectitan.data.shards:_write_npy", 2),
-    ("spectitan.data.shards:sync", 3),
+    ("spectitan.data.meta:sync", 3),
     ("pathlib:Path.touch", 1),  # all but what is remembered of the sources
     ("pathlib:Path.rename", 1),  # all is written
     ("spectitan.data.shards:Shards.__init__", 1),  # all is there
