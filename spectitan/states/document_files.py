@@ -221,15 +221,15 @@ def _hs_states(file: Path) -> _States:
 # ---- *.pt ----
 
 
-def _pt_ids(file: Path) -> Tensor:
-    content = load_pt(file)
+def _pt_ids(file: Path, content: dict) -> Tensor:
     if not isinstance(content.get("input_ids"), Tensor):
         raise UserError(f"{file}: no tensor input_ids; its keys: {', '.join(map(str, content))}")
     return content["input_ids"].flatten()
 
 
 def _pt_1(file: Path) -> _States:
-    return _of_list(file, load_pt(file).get("hidden_states"), "hidden_states: a list of [s, d], states.format = 1")
+    content = load_pt(file)
+    return _of_list(file, content, content.get("hidden_states"), "hidden_states: a list of [s, d], states.format = 1")
 
 
 def _pt_0(file: Path) -> _States:
@@ -237,12 +237,12 @@ def _pt_0(file: Path) -> _States:
     states, target = (content.get(name) for name in ("hidden_state", "target"))
     if not isinstance(states, Tensor) or not isinstance(target, Tensor) or states.shape[-1] % target.shape[-1]:
         raise UserError(f"{file}: its keys: {', '.join(map(str, content))}; allowed: {expected}")
-    return _of_list(file, [*states.split(target.shape[-1], -1), target], expected)
+    return _of_list(file, content, [*states.split(target.shape[-1], -1), target], expected)
 
 
-def _of_list(file: Path, states: list, expected: str) -> _States:
+def _of_list(file: Path, content: dict, states: list, expected: str) -> _States:
     """States [s, d], or [1, s, d], of each slot."""
-    ids = _pt_ids(file)
+    ids = _pt_ids(file, content)
     if not isinstance(states, list) or not states or not all(isinstance(state, Tensor) for state in states):
         raise UserError(f"{file}: allowed: {expected}")
     states = [state.squeeze(0) if state.dim() == 3 else state for state in states]
@@ -253,8 +253,8 @@ def _of_list(file: Path, states: list, expected: str) -> _States:
 
 FORMATS = {
     "hs": _Format("hs_*.safetensors", False, _hs_ids, _hs_states),
-    "1": _Format("*.pt", False, lambda file: (_pt_ids(file), None), _pt_1),
-    "0": _Format("*.pt", True, lambda file: (_pt_ids(file), None), _pt_0),
+    "1": _Format("*.pt", False, lambda file: (_pt_ids(file, load_pt(file)), None), _pt_1),
+    "0": _Format("*.pt", True, lambda file: (_pt_ids(file, load_pt(file)), None), _pt_0),
 }
 
 

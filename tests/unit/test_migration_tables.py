@@ -33,7 +33,8 @@ SPECULATORS = """--verifier-name-or-path --trust-remote-code --speculator-type -
     --muon-ns-steps --muon-adjust-lr-fn --use-off-policy-tokens --norm-before-residual --no-norm-before-residual --embed-requires-grad
     --no-embed-requires-grad --norm-before-fc --ttt-steps --ttt-step-loss-decay --draft-attn-impl --block-size --max-anchors
     --dflash-decay-gamma --num-workers --prefetch-factor --noise-std --checkpoint-freq --save-best --scheduler-type
-    --scheduler-warmup-steps --scheduler-total-steps --scheduler-num-cosine-cycles --nproc_per_node --nnodes"""
+    --scheduler-warmup-steps --scheduler-total-steps --scheduler-num-cosine-cycles --nproc_per_node --nnodes
+    --standalone launch_vllm.py --port"""
 SYSTEMS = {
     "llama3.1_8b_eagle3": SPECULATORS,
     "llama3.1_8b_fms": FMS,

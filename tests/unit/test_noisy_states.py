@@ -1,8 +1,12 @@
 """Noise on the taps: bounded, uniform, a function of seed and sample, and none on what teaches."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from spectitan.states import noisy
 from spectitan.states.noisy import NoisyStates
 from spectitan.types import BaseStates, TokenBatch
 
@@ -62,3 +66,25 @@ def test_it_is_added():
     given = NoisyStates(Given(states), STD, 7).states(batch_of([5, 2, 9]))
     torch.testing.assert_close(given.taps[0] - states.taps[0], noise([5, 2, 9]).taps[0], rtol=0, atol=1e-6)
     assert torch.equal(given.final, states.final)
+
+
+@pytest.mark.parametrize("numbers", [1, 24 * 5, 24 * 20, 24 * 51])
+def test_it_is_drawn_in_parts_and_the_same(numbers, monkeypatch):
+    expected = noise([5, 2, 9])
+    monkeypatch.setattr(noisy, "_NUMBERS", numbers)
+    with Largest() as largest:
+        found = noise([5, 2, 9])
+    assert all(torch.equal(*taps) for taps in zip(found.taps, expected.taps))
+    assert largest.wide <= max(numbers, SHAPE[2], math.prod(SHAPE[:2]))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers of 64 bits that an operation has made."""
+
+    wide = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype.itemsize == 8:
+            self.wide = max(self.wide, made.numel())
+        return made

@@ -22,7 +22,14 @@ VOCAB, LENGTH, PROMPT, ROWS = 61, 40, 8, 6
 CONFIGS = {
     "mlp": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_weights=n > 1),
     "lstm": lambda config, n: config(n_speculator_heads=n, speculator_width=24, tie_lstm_embs=n % 2 == 0),
-    "eagle3": lambda config, n: config(ttt_steps=n, num_layers=1 + (n == 2), norm_output=n == 3, sliding_window=7 if n == 4 else -1),
+    "eagle3": lambda config, n: config(ttt_steps=n, **EAGLE3[n]),
+}
+EAGLE3 = {
+    1: {"norm_before_fc": True, "draft_arch": "qwen3"},
+    2: {"num_layers": 2, "target_layer_ids": [1, 2]},
+    3: {"norm_output": True, "ttt_tokens": "own"},
+    4: {"sliding_window": 7},
+    5: {"fc_norm": True, "norm_before_residual": False, "embed_requires_grad": True},
 }
 
 
