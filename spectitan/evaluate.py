@@ -13,13 +13,14 @@ from spectitan.config.manager import Config
 from spectitan.evaluation import evaluate_run
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.trained import find_trained
 
 
 def evaluate(config: Config, stop: StopSignal) -> None:
     """The program's work."""
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
-    evaluate_run(config)
+    evaluate_run(config, find_trained(config))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,19 +22,18 @@ from spectitan.errors import UserError
 from spectitan.speculators.base import Speculator, align_targets
 from spectitan.speculators.next_token import NextToken
 from spectitan.states.online import OnlineStates
-from spectitan.trained import find_trained, load_base, load_speculator_for, locate_base
+from spectitan.trained import Trained, load_base, load_speculator_for, locate_base
 from spectitan.types import TokenBatch
 
 
-def evaluate_run(config: Config) -> dict:
-    """Measures what `speculator.path`, or the run of the config file, has trained; prints a table, writes report.json.
+def evaluate_run(config: Config, trained: Trained | None) -> dict:
+    """Measures what was trained, or the base alone; prints a table, writes report.json.
 
     Everything is float32: there, greedy text must be that of plain decoding.
 
     Raises:
         UserError: nothing trained, nothing to measure it on, or files that cannot be read.
     """
-    trained = find_trained(config)
     if config.speculator.type != "none" and trained is None:
         raise UserError(
             f"speculator.path is empty and job.dump_folder = {config.job.dump_folder!r} has no checkpoint: nothing to evaluate; "
@@ -42,9 +41,9 @@ def evaluate_run(config: Config) -> dict:
         )
     _, base_path, base_config = locate_base(config, trained)
     tokenizer = load_tokenizer(base_path, base_config.vocab_size)
-    base, _ = load_base(config, torch.float32)
+    base, _ = load_base(config, trained, torch.float32)
     base.to(choose_device())
-    speculator = load_speculator_for(config, base)
+    speculator = load_speculator_for(config, trained, base)
     prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
     if prompts:
         tree_settings(speculator, config.eval, base.config.vocab_size)
@@ -97,10 +96,12 @@ def evaluate_models(
     return report
 
 
-def checkpoint_acceptance(config: Config, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], device: torch.device) -> float:
-    """Acceptance length of the checkpoint at `speculator.path`, with its base, in float32. Of one process alone."""
-    base, _ = load_base(config, torch.float32)
-    speculator = load_speculator_for(config, base.to(device))
+def checkpoint_acceptance(
+    config: Config, trained: Trained, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], device: torch.device
+) -> float:
+    """Acceptance length of a checkpoint, with its base, in float32. Of one process alone."""
+    base, _ = load_base(config, trained, torch.float32)
+    speculator = load_speculator_for(config, trained, base.to(device))
     eos = eos_ids(base.config, tokenizer.eos_id)
     return measure_acceptance(base, speculator, prompts, config.eval, eos_id=eos, seed=config.job.seed)["acceptance_length"]
 

@@ -11,11 +11,12 @@ from spectitan.config.manager import Config
 from spectitan.exporting import export_run
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.trained import find_trained
 
 
 def export(config: Config, stop: StopSignal) -> None:
     """The program's work."""
-    export_run(config)
+    export_run(config, find_trained(config))
 
 
 def main(argv: list[str] | None = None) -> int:

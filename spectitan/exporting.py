@@ -10,7 +10,7 @@ from spectitan.models.decoder import DecoderConfig
 from spectitan.models.weights import fingerprint, save_hf
 from spectitan.speculators.serve_notes import serve_notes
 from spectitan.speculators.serving import choose_format, name_of_base, write_folder
-from spectitan.trained import Trained, base_fingerprint, check_base, find_trained, load_base, locate_base, read_speculator
+from spectitan.trained import Trained, base_fingerprint, check_base, load_base, locate_base, read_speculator
 
 
 def export_folder(config: Config) -> Path:
@@ -28,15 +28,14 @@ def check_keeps_base(target: Path, base_path: Path) -> None:
         raise UserError(f"export.path: {target} is the base's own folder, whose files would be replaced; allowed: another folder")
 
 
-def export_run(config: Config) -> None:
-    """Writes what `speculator.path`, or the run of the config file, has trained to `export.path`, and prints how to serve it.
+def export_run(config: Config, trained: Trained | None) -> None:
+    """Writes what was trained to `export.path`, and prints how to serve it.
 
     What was trained together is exported together: `auto` writes the base beside its speculator, to `<export.path>_base`.
 
     Raises:
         UserError: nothing trained, or a format that cannot hold it.
     """
-    trained = find_trained(config)
     if trained is None:
         raise UserError(f"job.dump_folder = {config.job.dump_folder!r} has no checkpoint and speculator.path is empty: nothing to export")
     target, format = export_folder(config), config.export.format
@@ -61,7 +60,7 @@ def export_run(config: Config) -> None:
     format, base_name = choose_format(speculator, format), config.export.base_name
     if has_base:  # not the one at base.path any more
         base_name = base_name or base_target.name
-    readout = load_base(config, torch.float32)[0].readout if speculator.borrowed else None
+    readout = load_base(config, trained, torch.float32)[0].readout if speculator.borrowed else None
     write_folder(speculator, target, format, base_path, base_name, _fingerprint(config, trained, base_path, base_config), readout)
     print(f"{target}: the speculator of {trained.path}, as {format}\n")
     served = name_of_base(base_path, base_name)  # as in the folder's README; on the screen, what a server here finds
@@ -76,7 +75,7 @@ def export_run(config: Config) -> None:
 
 def _export_base(config: Config, trained: Trained, target: Path) -> None:
     check_keeps_base(target, locate_base(config, trained)[1])
-    base, base_path = load_base(config, torch.bfloat16)
+    base, base_path = load_base(config, trained, torch.bfloat16)
     save_hf(base, target, torch.bfloat16, tokenizer_files_from=base_path)
     print(f"{target}: the base of {trained.path}, in Hugging Face layout")
 

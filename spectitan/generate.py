@@ -33,13 +33,14 @@ def generate(config: Config, stop: StopSignal) -> None:
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
     texts = read_prompts(config.generate)
-    _, base_path, base_config = locate_base(config, find_trained(config))
+    trained = find_trained(config)
+    _, base_path, base_config = locate_base(config, trained)
     tokenizer = load_tokenizer(base_path, base_config.vocab_size)
     prompts = [start_of_text(text, tokenizer) for text in texts]
     check_prompts(prompts, base_config)
-    base, _ = load_base(config, torch.float32)
+    base, _ = load_base(config, trained, torch.float32)
     base.to(choose_device())
-    speculator = load_speculator_for(config, base)
+    speculator = load_speculator_for(config, trained, base)
 
     settings = {
         "max_new_tokens": config.generate.max_new_tokens,

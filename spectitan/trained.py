@@ -88,7 +88,7 @@ def base_fingerprint(config: Config, trained: Trained) -> str:
         return describe_folder(trained.path).base_fingerprint
     if trained.keys["base.freeze"]:
         return trained.keys["base.identity"]
-    return fingerprint(load_base(config, torch.bfloat16)[0])
+    return fingerprint(load_base(config, trained, torch.bfloat16)[0])
 
 
 def check_base(config: Config, trained: Trained, found: str) -> None:
@@ -117,7 +117,7 @@ def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, De
     return base, path, choose_config(base.arch, base.variant, path)
 
 
-def load_base(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Path]:
+def load_base(config: Config, trained: Trained | None, dtype: torch.dtype) -> tuple[nn.Module, Path]:
     """The base, frozen, on the CPU, and the folder of its config.json and tokenizer.
 
     A base that the run itself trained comes from the checkpoint, any other from `base.path`.
@@ -125,7 +125,6 @@ def load_base(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Path]:
     Raises:
         UserError: no base is named, or its files cannot be read.
     """
-    trained = find_trained(config)
     base, path, base_config = locate_base(config, trained)
     if trained and trained.keys and not trained.keys["base.freeze"]:
         _check_base_config(trained, base_config, path)
@@ -147,13 +146,12 @@ def _check_base_config(trained: Trained, base_config: DecoderConfig, path: Path)
             )
 
 
-def load_speculator_for(config: Config, base: nn.Module) -> Speculator | None:
+def load_speculator_for(config: Config, trained: Trained | None, base: nn.Module) -> Speculator | None:
     """The trained speculator, frozen, in the base's dtype and on its device; None if there is none to draft with.
 
     Raises:
         UserError: files that cannot be read, or a speculator of another base.
     """
-    trained = find_trained(config)
     if config.speculator.type == "none" or trained is None:
         return None
     speculator = read_speculator(trained, base.config, None if trained.keys else config.objective)

@@ -23,6 +23,11 @@ def hidden_states_folder(config: States, dump_folder: str) -> Path:
     return Path(config.hidden_states_path).expanduser() if config.hidden_states_path else Path(dump_folder) / "hidden_states"
 
 
+def on_missing(config: States) -> str:
+    """What becomes of samples without states and without a base: skip, warn or raise."""
+    return "raise" if config.on_missing == "auto" else config.on_missing
+
+
 def open_store(
     config: States, folder: Path, *, base: str, taps: tuple[int, ...], num_layers: int, hidden_size: int, allow_other: bool
 ) -> StatesCache | DocumentFiles:

@@ -37,7 +37,7 @@ def output(folder: Path) -> str:
 STOPPED = {
     "in a step": (1, "spectitan.train", "step_if_finite", 3, "rank 1 hung at step 3: no answer"),
     "saving, with the store": (0, "spectitan.training.checkpoint", "write_json", 3, "rank 0 hung while saving after step 4: no answer"),
-    "evaluating": (1, "spectitan.train", "heldout_sums", 1, "rank 1 hung while evaluating after step 2: no answer"),
+    "evaluating": (1, "spectitan.run.evaluating", "heldout_sums", 1, "rank 1 hung while evaluating after step 2: no answer"),
 }
 
 

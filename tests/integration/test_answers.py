@@ -13,7 +13,7 @@ from spectitan import evaluate, prepare, train
 from spectitan.config import manager
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
-from spectitan.trained import load_base, load_speculator_for
+from spectitan.trained import find_trained, load_base, load_speculator_for
 from tests.integration import tiny
 
 TEMPLATE = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -96,8 +96,9 @@ def test_held_out_loss_is_of_answers_only(world, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     config = manager.load([*run, f"--speculator.path={tmp_path / 'run'}"], "evaluate", SPECULATOR_CONFIGS)
-    base, _ = load_base(config, torch.float32)
-    speculator = load_speculator_for(config, base)
+    trained = find_trained(config)
+    base, _ = load_base(config, trained, torch.float32)
+    speculator = load_speculator_for(config, trained, base)
     row = json.loads((world.root / "held_out.jsonl").read_text())
     heads, own = held_out_by_definition(base, speculator, row["input"], row["output"])
     assert report["heldout_loss"] == pytest.approx(heads, rel=1e-4) and report["base_heldout_loss"] == pytest.approx(own, rel=1e-4)

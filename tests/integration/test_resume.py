@@ -54,7 +54,7 @@ ACCIDENTS = [
     (CHECKPOINT, "write_json", 2),  # of manifest.json
     (CHECKPOINT, "sync", 1),  # before it gets its name
     (CHECKPOINT, "sync", 2),  # after
-    ("spectitan.train", "MetricsLogger.report", 1, True),  # reports that the checkpoint does not know
+    ("spectitan.training.metrics", "MetricsLogger.report", 1, True),  # reports that the checkpoint does not know
     ("spectitan.train", "step_if_finite", 2, True),
     (CHECKPOINT, "Checkpointer._prune", 1),
 ]

@@ -24,14 +24,16 @@ MAY_IMPORT = {
     "decoding": {"models", "speculators"},
     "states": {"models", "data", "decoding", "distributed"},
     "training": {"distributed"},
-    "planning": {"models", "speculators", "states", "decoding", "distributed", "training"},
+    "planning": {"models", "speculators", "states", "decoding", "distributed", "training", "trained"},
     "program": {"config"},
     # Shared by programs.
     "evaluation": {"config", "models", "data", "speculators", "decoding", "states", "distributed", "trained"},
     "exporting": {"config", "models", "speculators", "trained"},
     "filling": {"config", "models", "data", "speculators", "states", "distributed", "trained", "training"},
-    "finishing": {"config", "evaluation", "exporting", "states"},
     "trained": {"config", "models", "speculators", "training"},
+    # What train.py makes a run of: all but the programs.
+    "run": {"config", "models", "objectives", "data", "speculators", "decoding", "states", "distributed", "training"}
+    | {"evaluation", "exporting", "trained"},
 }
 OURS = set(MAY_IMPORT) | LEAVES | PROGRAMS
 

@@ -8,7 +8,7 @@ from spectitan.config.manager import load
 from spectitan.config.sections import Data
 from spectitan.data.validation import check_seq_length
 from spectitan.errors import UserError
-from spectitan.finishing import check_export, folders_to_write, paths_to_read
+from spectitan.run.folders import check_export, folders_to_write, paths_to_read
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.training.run_folder import check_can_be_moved, check_can_be_written
 

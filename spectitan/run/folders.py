@@ -1,12 +1,9 @@
-"""The end of a run: its report and its export, unless an earlier start has written them for the same step and keys."""
+"""Which folders a run reads and writes, and what it must not write over."""
 
-import dataclasses
-import json
 from pathlib import Path
 
 from spectitan.config.manager import Config
-from spectitan.evaluation import evaluate_run
-from spectitan.exporting import base_folder, check_keeps_base, export_folder, export_run
+from spectitan.exporting import base_folder, check_keeps_base, export_folder
 from spectitan.states.sources import hidden_states_folder
 
 
@@ -51,35 +48,3 @@ def check_export(config: Config, base_path: Path) -> None:
         check_keeps_base(target, base_path)
     if format == "auto" and not config.base.freeze and config.speculator.type != "none":
         check_keeps_base(base_folder(target), base_path)
-
-
-def finish_run(config: Config, checkpoint: Path, step: int, measurable: bool) -> None:
-    """Evaluates and exports the last checkpoint. Of one process alone.
-
-    Args:
-        config: `speculator.path` is the checkpoint.
-        checkpoint: a step folder.
-        step: optimizer steps done in it.
-        measurable: there are prompts or held-out text.
-    """
-    folder = Path(config.job.dump_folder)
-    record = folder / "finished.json"
-    done = _read_record(record)
-    evaluated, exported = ({"step": step} | dataclasses.asdict(section) for section in (config.eval, config.export))
-    if config.eval.at_end and measurable and not (done.get("eval") == evaluated and (folder / "report.json").is_file()):
-        evaluate_run(config)
-        done["eval"] = evaluated
-        record.write_text(json.dumps(done, indent=1))
-    if config.export.format != "none" and not (done.get("export") == exported and (export_folder(config) / "config.json").is_file()):
-        export_run(config)
-        done["export"] = exported
-        record.write_text(json.dumps(done, indent=1))
-
-
-def _read_record(path: Path) -> dict:
-    """Of what was written last by which keys, at which step. Without it all is written again."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
