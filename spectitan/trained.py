@@ -20,7 +20,8 @@ from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import SPECULATORS, build_speculator
 from spectitan.speculators.serving import describe_folder, load_speculator
-from spectitan.training.checkpoint import checkpoints_folder, find_checkpoint, module_tensors, read_state, read_tensors
+from spectitan.training.checkpoint import checkpoints_folder, module_tensors
+from spectitan.training.checkpoint_reading import find_checkpoint, read_state, read_tensors
 
 
 class Trained(NamedTuple):

@@ -26,7 +26,8 @@ from spectitan.states.continued import prompts_per_sample
 from spectitan.states.sources import hidden_states_folder, open_store
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.batch_layout import batch_layout
-from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder, find_checkpoint, read_state
+from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder
+from spectitan.training.checkpoint_reading import find_checkpoint, read_state
 from spectitan.training.identity import check_identity, run_identity
 from spectitan.training.loggers import check_loggers
 from spectitan.training.run_folder import RunFolder, check_can_be_moved, check_can_be_written

@@ -9,7 +9,6 @@ from typing import TextIO
 from spectitan.distributed import utils
 from spectitan.errors import UserError
 from spectitan.files import write_whole
-from spectitan.training.checkpoint import move_aside
 
 logger = logging.getLogger(__name__)
 
@@ -83,3 +82,19 @@ class RunFolder:
         """Releases the lock."""
         for file in self._locked:
             file.close()
+
+
+def move_aside(path: str | os.PathLike) -> Path | None:
+    """Renames a file or folder to the first free `<name>.<number>`, and returns that; None if there is nothing to move."""
+    path = Path(path)
+
+    def rename() -> Path | None:
+        if not path.exists():
+            return None
+        number = 1
+        while (target := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.rename(target)
+        return target
+
+    return utils.on_main(rename)

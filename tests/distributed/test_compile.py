@@ -12,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from benchmarks.loading import free_port
 from spectitan import train
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from spectitan.training.compile import apply_compile
 from spectitan.training.optimizer import step_if_finite
 from tests.distributed.test_layouts import BASES, CONFIG, JOINT, write_bases

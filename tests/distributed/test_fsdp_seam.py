@@ -15,7 +15,8 @@ from spectitan.distributed import utils
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype, set_gradient_sync
 from spectitan.distributed.mesh import init_distributed
 from spectitan.errors import UserError
-from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors
+from spectitan.training.checkpoint import Checkpointer, module_tensors
+from spectitan.training.checkpoint_reading import find_checkpoint
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
 
 VOCAB, HIDDEN, STEPS, MICRO_BATCHES, ROWS = 13, 7, 4, 2, 6  # nothing divides by two ranks

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spectitan import train
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import processes, tiny
 
 STEPS = 5

@@ -15,7 +15,7 @@ from spectitan.models.gpt_bigcode import EmbedGPTBigCode, GPTBigCodeConfig
 from spectitan.models.mixtral import EmbedMixtral, MixtralConfig
 from spectitan.models.registry import get_model
 from spectitan.models.weights import fingerprint, save_hf
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from spectitan.types import BaseStates
 from tests.distributed.test_train_two_processes import start_two
 from tests.integration import processes, tiny

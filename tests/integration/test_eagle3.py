@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from spectitan import evaluate, export, prepare, train
 from spectitan.speculators.draft_vocabulary import write_maps
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import tiny
 
 STEPS = 4

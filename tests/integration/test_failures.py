@@ -18,7 +18,8 @@ from spectitan.data.tokenizer import load_tokenizer
 from spectitan.speculators.base import align_targets
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.training import checkpoint, checkpoint_writing
-from spectitan.training.checkpoint import Checkpointer, read_tensors
+from spectitan.training.checkpoint import Checkpointer
+from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import tiny
 from tests.integration.tiny import SHORT
 

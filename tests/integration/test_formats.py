@@ -13,7 +13,7 @@ import torch
 from spectitan import prepare, train
 from spectitan.data.shards import Shards
 from spectitan.data.tokenizer import load_tokenizer
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import tiny
 from tests.unit.data_fixtures import documents_of, masks_of
 from tests.unit.source_fixtures import hub_snapshot, packed, save_to_disk, write_fms_shard, write_stream

@@ -18,7 +18,7 @@ from spectitan.models.llama import EmbedLLaMA
 from spectitan.models.registry import get_model
 from spectitan.models.weights import fingerprint
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from spectitan.training.schedule import learning_rate_multiplier
 from tests.integration import processes, tiny
 from tests.integration.test_train import NO_END, documents_of, lines, plain_loss

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 
 from spectitan import train
-from spectitan.training.checkpoint import Checkpointer, find_checkpoint, read_state, read_tensors
+from spectitan.training.checkpoint import Checkpointer
+from spectitan.training.checkpoint_reading import find_checkpoint, read_state, read_tensors
 from tests.integration import processes, tiny
 from tests.integration.tiny import SHORT
 

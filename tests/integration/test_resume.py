@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from spectitan import train
-from spectitan.training.checkpoint import Checkpointer, read_state
+from spectitan.training.checkpoint import Checkpointer
+from spectitan.training.checkpoint_reading import read_state
 from spectitan.training.checkpoint_writing import TensorWriter
 from tests.integration import processes, tiny
 from tests.integration.processes import wait_for

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from spectitan import evaluate, export, generate, train
 from spectitan.models.llama import EmbedLLaMA
 from spectitan.models.weights import fingerprint, save_hf
-from spectitan.training.checkpoint import read_state, read_tensors
+from spectitan.training.checkpoint_reading import read_state, read_tensors
 from tests.integration import tiny
 from tests.integration.tiny import assert_same_training, checkpoint
 

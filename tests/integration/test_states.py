@@ -18,7 +18,7 @@ from spectitan import prepare, train
 from spectitan.models.decoder import Decoder
 from spectitan.models.registry import fill_model
 from spectitan.states import cache_files
-from spectitan.training.checkpoint import read_tensors
+from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import processes, tiny
 
 STEPS = 20

@@ -16,7 +16,7 @@ from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.models.registry import get_model
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
-from spectitan.training.checkpoint import read_state, read_tensors
+from spectitan.training.checkpoint_reading import read_state, read_tensors
 from spectitan.training.schedule import learning_rate_multiplier
 from tests.integration import tiny
 

@@ -11,8 +11,8 @@ from spectitan.data.tokenizer import train_bpe
 from spectitan.keyed_random import uniform
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.weights import save_hf
-from spectitan.training.checkpoint import read_state, read_tensors
 from spectitan.training.checkpoint_files import describe
+from spectitan.training.checkpoint_reading import read_state, read_tensors
 
 PROGRAMS = {"train": train, "evaluate": evaluate, "export": export, "generate": generate, "prepare": prepare}
 

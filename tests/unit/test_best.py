@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spectitan.training.best import Best
-from spectitan.training.checkpoint import Checkpointer, find_checkpoint
+from spectitan.training.checkpoint import Checkpointer
+from spectitan.training.checkpoint_reading import find_checkpoint
 
 RECORDS = [1.5, 2.25, math.nan, 2.25, 1.0, 3.5, None, 3.25]
 

@@ -18,10 +18,12 @@ from spectitan.distributed.fsdp import shard_trained
 from spectitan.distributed.mesh import init_distributed
 from spectitan.distributed.utils import backward, clip_grad_norm
 from spectitan.errors import UserError
-from spectitan.training.checkpoint import Checkpointer, find_checkpoint, module_tensors, move_aside, read_state, read_tensors
+from spectitan.training.checkpoint import Checkpointer, module_tensors
+from spectitan.training.checkpoint_reading import find_checkpoint, read_state, read_tensors
 from spectitan.training.identity import check_identity, warn_of_other_text
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
 from spectitan.training.restricted_metadata import RestrictedReader
+from spectitan.training.run_folder import move_aside
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +135,7 @@ def test_tensors_are_read_without_a_process_group(mesh, tmp_path):
     script = f"""
 import torch, torch.distributed as dist, warnings
 warnings.simplefilter("error")
-from spectitan.training.checkpoint import find_checkpoint, read_state, read_tensors
+from spectitan.training.checkpoint_reading import find_checkpoint, read_state, read_tensors
 path = find_checkpoint({str(tmp_path / "run")!r})
 tensors, expected = read_tensors(path, "model."), torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
 assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in tensors)
