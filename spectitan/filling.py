@@ -173,8 +173,9 @@ def _check_space(store: StatesCache, tokens: int) -> None:
 
 
 def _check_kept(source: CachedStates) -> None:
-    if source.failure is not None:
-        raise UserError(f"{source.store.folder}: {source.failure.strerror}; what was written stays, and the same command goes on")
+    failure = source.adder.failure if source.adder is not None else None
+    if failure is not None:
+        raise UserError(f"{source.store.folder}: {failure.strerror}; what was written stays, and the same command goes on")
 
 
 def _size(folder: Path) -> int:

@@ -11,9 +11,9 @@ from spectitan.data.validation import HeldOut, read_held_out
 from spectitan.distributed.mesh import Distributed
 from spectitan.errors import UserError
 from spectitan.run.inputs import Inputs
-from spectitan.states.cached import Store
 from spectitan.states.document_files import DocumentFiles
 from spectitan.states.sources import check_complete, on_missing, samples_of_run
+from spectitan.states.store import Store
 from spectitan.training.identity import warn_of_other_text
 from spectitan.training.intervals import steps_of, steps_of_run
 

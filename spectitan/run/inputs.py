@@ -21,9 +21,9 @@ from spectitan.run.folders import check_export, folders_to_write, paths_to_read
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import new_speculator
 from spectitan.speculators.serving import choose_format, has_weights
-from spectitan.states.cached import Store
 from spectitan.states.continued import prompts_per_sample
 from spectitan.states.sources import hidden_states_folder, open_store
+from spectitan.states.store import Store
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
 from spectitan.training.batch_layout import batch_layout
 from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder

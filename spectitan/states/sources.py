@@ -10,8 +10,8 @@ from spectitan.data.order import Place, SampleOrder
 from spectitan.data.packing import PackedDataset
 from spectitan.errors import UserError
 from spectitan.states.cache import FINAL, StatesCache, open_cache
-from spectitan.states.cached import FILL_IT, Store
 from spectitan.states.document_files import DocumentFiles, find_format
+from spectitan.states.store import FILL_IT, Store
 
 logger = logging.getLogger(__name__)
 
