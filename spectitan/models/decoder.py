@@ -37,8 +37,8 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """A decoder that returns hidden states; logits are `readout.logits(states.final)`.
 
-    A family says what its layers are (`build_layer`), how tokens get their positions (`place`), how many weights a token meets (`weights_per_token`), and where
-    Hugging Face's checkpoints keep its parameters (`hf_names`).
+    A family says what its layers are (`build_layer`), how tokens get their positions (`place`), how many weights a token meets
+    (`weights_per_token`), and where Hugging Face's checkpoints keep its parameters (`hf_names`).
 
     Args:
         config: shape and options. Parameters are not initialised: call `init_weights` or load them.
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def weights_per_token(self) -> int:
-        """Numbers in the matrices of a layer that each token is multiplied with."""
+        """Numbers in the matrices of all layers that a token is multiplied with."""
         raise NotImplementedError
 
     def hf_names(self, name: str) -> list[str]:
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
             seq_length: tokens a causal row; half of its scores are useful.
         """
         attention = self.config.num_heads * self.config.head_dim
-        return self.config.num_layers * tokens * (2 * self.weights_per_token() + 2 * attention * (seq_length + 1))
+        return 2 * tokens * (self.weights_per_token() + self.config.num_layers * attention * (seq_length + 1))
 
     def forward(
         self,

@@ -4,9 +4,10 @@ import torch
 
 from spectitan.models.decoder import Decoder, DecoderConfig
 from spectitan.models.gpt_bigcode import EmbedGPTBigCode, GPTBigCodeConfig
-from spectitan.models.hf_adapter import HFConfig, HFDecoder
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.mixtral import EmbedMixtral, MixtralConfig
+from spectitan.models.transformers_config import HFConfig
+from spectitan.models.transformers_decoder import HFDecoder
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "embedllama": EmbedLLaMA,

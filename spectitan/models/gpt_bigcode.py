@@ -78,7 +78,7 @@ class EmbedGPTBigCode(Decoder):
 
     def weights_per_token(self) -> int:
         config = self.config
-        return 2 * config.hidden_size * (config.hidden_size + config.head_dim + config.intermediate_size)
+        return 2 * config.num_layers * config.hidden_size * (config.hidden_size + config.head_dim + config.intermediate_size)
 
     def hf_names(self, name: str) -> list[str]:
         module, _, kind = name.rpartition(".")

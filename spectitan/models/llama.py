@@ -90,9 +90,10 @@ class EmbedLLaMA(Decoder):
     def weights_per_token(self) -> int:
         config = self.config
         heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        return config.hidden_size * heads + self.mlp_weights_per_token()
+        return config.num_layers * (config.hidden_size * heads + self.mlp_weights_per_token())
 
     def mlp_weights_per_token(self) -> int:
+        """Of one layer."""
         return 3 * self.config.hidden_size * self.config.intermediate_size
 
     def hf_names(self, name: str) -> list[str]:

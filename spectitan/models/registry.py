@@ -10,11 +10,13 @@ from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import ARCHITECTURES, arch_of, build_on_meta
 from spectitan.models.gpt_bigcode import GPTBigCodeConfig
-from spectitan.models.hf_adapter import HFDecoder, fill_hf, read_hf_config
 from spectitan.models.hf_config import read_config
 from spectitan.models.layers import RopeScaling
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.mixtral import MixtralConfig
+from spectitan.models.transformers_config import read_hf_config
+from spectitan.models.transformers_decoder import HFDecoder
+from spectitan.models.transformers_weights import fill_hf
 from spectitan.models.weights import load_hf, resolve_base_path
 
 _ROPE_3_1 = RopeScaling("llama3", factor=8.0)

@@ -20,11 +20,11 @@ from spectitan.errors import UserError
 from spectitan.files import replace_folder
 from spectitan.models.decoder import Decoder, DecoderConfig
 from spectitan.models.families import build_on_meta
-from spectitan.models.hf_adapter import HFConfig
 from spectitan.models.hf_config import config_to_json, read_config
 from spectitan.models.hf_layout import HFLayout
 from spectitan.models.layers import own_part
 from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors, weight_files
+from spectitan.models.transformers_config import HFConfig
 
 _HEAD = "lm_head.weight"
 _FINGERPRINT_NUMBERS = 256  # of each tensor
