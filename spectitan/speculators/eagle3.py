@@ -1,15 +1,14 @@
 """EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840): a decoder of a few layers over hidden states of the base, trained on its own outputs."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from spectitan.config.loss_mixture import needs_teacher
-from spectitan.config.sections import Objective, key
+from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.kv_cache import KVCache, Slots
@@ -19,60 +18,14 @@ from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.objectives.vocab_parallel import rows_of
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index, right_before
-from spectitan.speculators.draft_decoder import DraftLayer, adopt_decoder, decoder_of, decoder_to_json, settle_draft_config
+from spectitan.speculators.draft_decoder import DraftLayer, decoder_of, settle_draft_config
 from spectitan.speculators.draft_vocabulary import check_maps, maps_of, read_vocabulary, write_maps
-from spectitan.speculators.speculators_folders import read_speculative_tokens, speculators_config
-from spectitan.speculators.ttt_attention import BACKENDS, Memory, TTTAttention, cached_bias, choose_backend, document_spans
+from spectitan.speculators.eagle3_config import Eagle3Config, layer_windows, tap_layers, vocabulary_size
+from spectitan.speculators.eagle3_folders import read_eagle3, write_eagle3
+from spectitan.speculators.ttt_attention import Memory, TTTAttention, cached_bias, choose_backend, document_spans
 from spectitan.types import BaseStates, Draft, Loss, Targets, TokenBatch
 
 _ROWS = 64
-
-
-@dataclass
-class Eagle3Config:
-    """Keys of EAGLE-3; names as in vLLM's speculators."""
-
-    num_layers: int = key(1, "decoder layers of the drafter", minimum=1, maximum=64)
-    draft_arch: str = key("llama", "decoder layers: llama, or qwen3, which norms queries and keys", choices=("llama", "qwen3"))
-    draft_hidden_act: str = key("silu", "activation of the drafter's MLP: silu, gelu, gelu_pytorch_tanh, relu; inherit: the base's")
-    target_layer_ids: list[int] = key(
-        [], "states of the base that are read: id k enters layer k, the number of layers is before the final norm; empty: three", minimum=0
-    )
-    norm_before_residual: bool = key(True, "first layer: the residual is the normed state; false: the state itself")
-    norm_before_fc: bool = key(False, "an RMS norm over the joined states of the base, before they are projected")
-    fc_norm: bool = key(False, "an RMS norm of each of these states instead")
-    norm_output: bool = key(False, "the next step takes in the normed output of the one before; false: the output itself")
-    embed_requires_grad: bool = key(False, "train an embedding of its own, which starts as the base's")
-    train_head: bool = key(False, "train a head of its own, which starts as the base's")
-    sliding_window: int = key(-1, "tokens that a layer sees at most; -1: all", minimum=-1)
-    sliding_window_indices: list[int] = key([], "the layers that see no more than sliding_window; empty: all", minimum=0)
-    ttt_steps: int = key(3, "steps of test-time training: tokens it is trained to look ahead", minimum=1, maximum=64)
-    ttt_step_loss_decay: float = key(1.0, "each step's loss counts so many times that of the one before", above=0)
-    ttt_tokens: str = key(
-        "ground_truth", "tokens that later steps take in: those of the text, or its own likeliest", choices=("ground_truth", "own")
-    )
-    attention: str = key(
-        "auto", "in training. flex: FlexAttention (GPU); sdpa: by document (CPU); eager: by document, written out", choices=BACKENDS
-    )
-    draft_vocab_size: int = key(-1, "tokens that it can draft, the most frequent ones; -1: all", minimum=-1)
-    token_freq_path: str = key("", "file of token counts that say which are the most frequent: token_freq.pt")
-    d2t_path: str = key("", "instead of counts, the draft vocabulary itself: d2t.npy, with speculator.t2d_path")
-    t2d_path: str = key("", "t2d.npy, with speculator.d2t_path")
-    draft_config: str = key(
-        "",
-        "shape of the decoder, instead of the base's: JSON file of a LlamaConfig or Qwen3Config, or of a whole speculator; a folder with "
-        "config.json, or organisation/name of Hugging Face's hub; hidden_size must be the base's",
-    )
-
-    of_training: ClassVar[tuple[str, ...]] = (
-        "ttt_steps",
-        "ttt_step_loss_decay",
-        "ttt_tokens",
-        "attention",
-        "token_freq_path",
-        "d2t_path",
-        "t2d_path",
-    )
 
 
 class Eagle3Speculator(Speculator):
@@ -101,7 +54,7 @@ class Eagle3Speculator(Speculator):
         self.config, self.decoder = config, decoder_of(config, base_config)
         self.steps, self.hidden_size, self.vocab_size = config.ttt_steps, self.decoder.hidden_size, base_config.vocab_size
         self.loss, self.chunk_rows = objective.loss, objective.chunk_rows
-        self.taps = _taps(config.target_layer_ids, base_config.num_layers)
+        self.taps = tap_layers(config.target_layer_ids, base_config.num_layers)
         if config.norm_before_fc and config.fc_norm:
             raise UserError("speculator.norm_before_fc = true and speculator.fc_norm = true; allowed: one of them")
         width, eps = self.hidden_size, self.decoder.norm_eps
@@ -110,13 +63,13 @@ class Eagle3Speculator(Speculator):
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(nn.RMSNorm(width, eps=eps) for _ in self.taps)
         self.fc = Linear(len(self.taps) * width, width, bias=False)
-        windows = _windows(config)
+        windows = layer_windows(config)
         self.layers = nn.ModuleList(
             DraftLayer(self.decoder, window, takes_token=index == 0, norm_before_residual=config.norm_before_residual)
             for index, window in enumerate(windows)
         )
         self.norm = nn.RMSNorm(width, eps=eps)
-        self.draft_vocab_size = _draft_vocab_size(config, self.vocab_size)
+        self.draft_vocab_size = vocabulary_size(config, self.vocab_size)
         self.reduced = self.draft_vocab_size < self.vocab_size
         if config.embed_requires_grad:
             self.embed_tokens = nn.Embedding(self.vocab_size, width)
@@ -336,20 +289,7 @@ class Eagle3Speculator(Speculator):
 
     def serving(self, format: str) -> tuple[dict, dict[str, Tensor]]:
         """Names of tensors are those of speculators; an embedding and a head that are the base's own: see `base_tensors`."""
-        keys = self.config
-        own = {
-            "draft_vocab_size": self.draft_vocab_size,
-            "target_hidden_size": self.hidden_size,
-            "eagle_aux_hidden_state_layer_ids": list(self.taps),
-            "norm_before_residual": keys.norm_before_residual,
-            "norm_before_fc": keys.norm_before_fc,
-            "fc_norm": keys.fc_norm,
-            "norm_output": keys.norm_output,
-            "embed_requires_grad": keys.embed_requires_grad,
-            "train_head": keys.train_head,
-        }
-        decoder = decoder_to_json(self.decoder, _windows(keys))
-        return speculators_config("eagle3", "Eagle3DraftModel", self.steps, decoder, own), self.state_dict()
+        return write_eagle3(self.config, self.decoder, self.taps, self.draft_vocab_size), self.state_dict()
 
     def base_tensors(self, readout: Readout) -> dict[str, Tensor]:
         tensors = {}
@@ -361,25 +301,7 @@ class Eagle3Speculator(Speculator):
 
     @staticmethod
     def config_from_folder(file: ConfigFile, format: str) -> tuple[Eagle3Config, int, int]:
-        decoder = file.inside("transformer_layer_config")
-        hidden_size, vocab_size = decoder.count("hidden_size"), decoder.count("vocab_size")
-        draft_vocab_size = file.count("draft_vocab_size", vocab_size, at_most=vocab_size)
-        taps = file.get("eagle_aux_hidden_state_layer_ids")
-        known = isinstance(taps, list) and taps and all(type(tap) is int and tap >= 0 for tap in taps) and taps == sorted(set(taps))
-        file.must(bool(known), "eagle_aux_hidden_state_layer_ids", "a list of different, ascending layer ids is expected")
-        target_hidden_size = file.count("target_hidden_size", hidden_size)
-        file.must(target_hidden_size == hidden_size, "target_hidden_size", f"allowed: transformer_layer_config.hidden_size = {hidden_size}")
-        flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
-        config = Eagle3Config(
-            **{name: file.flag(name) for name in flags},
-            # A folder that does not say whether its head is the base's is read with the head that it holds.
-            train_head=file.get("train_head") is None or file.flag("train_head"),
-            target_layer_ids=taps,
-            draft_vocab_size=-1 if draft_vocab_size == vocab_size else draft_vocab_size,
-            ttt_steps=read_speculative_tokens(file, default=Eagle3Config().ttt_steps),
-        )
-        adopt_decoder(config, decoder)
-        return config, hidden_size, vocab_size
+        return read_eagle3(file)
 
     # ---- what it costs ----
 
@@ -400,20 +322,6 @@ class Eagle3Speculator(Speculator):
         return layers - from_tokens + join + (6 if self.config.train_head else 4) * pairs * head + teacher
 
 
-def _taps(ids: list[int], num_layers: int) -> tuple[int, ...]:
-    """speculator.target_layer_ids, ascending; by default three that are spread over the base."""
-    if ids:
-        if len(set(ids)) < len(ids) or max(ids) > num_layers:
-            raise UserError(f"speculator.target_layer_ids = {ids}; allowed: different ids from 0 to the base's {num_layers} layers")
-        return tuple(sorted(ids))
-    if num_layers >= 7:
-        return 2, num_layers // 2, num_layers - 3
-    if num_layers >= 3:
-        highest = max(3, num_layers - 1)
-        return 1, (1 + highest) // 2, highest
-    return tuple(range(num_layers + 1))
-
-
 def _rows_that_go_on(needed: Tensor, length: int) -> Tensor:
     """int64 [R], ascending: the rows with targets after step 0, and a few more of 0 .. length - 1, so that R is a multiple of
     _ROWS: products of ever new sizes cost a CPU the making of a kernel each, and its memory. R is not 0: ranks that share the
@@ -424,25 +332,3 @@ def _rows_that_go_on(needed: Tensor, length: int) -> Tensor:
     spare = (~goes_on).nonzero()[:, 0]
     goes_on[spare[: -count % _ROWS if count else min(_ROWS, length)]] = True
     return goes_on.nonzero()[:, 0]
-
-
-def _windows(config: Eagle3Config) -> list[int]:
-    """Of each layer; -1: it sees all."""
-    indices, window = config.sliding_window_indices, config.sliding_window
-    if window == 0:
-        raise UserError("speculator.sliding_window = 0; allowed: -1, or 1 and more")
-    if indices and window == -1:
-        raise UserError(f"speculator.sliding_window_indices = {indices} with speculator.sliding_window = -1; allowed: with a window")
-    if len(set(indices)) < len(indices) or max(indices, default=0) >= config.num_layers:
-        raise UserError(
-            f"speculator.sliding_window_indices = {indices}; allowed: different layers from 0 to {config.num_layers - 1}, "
-            "as speculator.num_layers says"
-        )
-    return [window if not indices or index in indices else -1 for index in range(config.num_layers)]
-
-
-def _draft_vocab_size(config: Eagle3Config, vocab_size: int) -> int:
-    size = vocab_size if config.draft_vocab_size == -1 else config.draft_vocab_size
-    if not 1 <= size <= vocab_size:
-        raise UserError(f"speculator.draft_vocab_size = {size}; allowed: -1, or 1 to the base's {vocab_size} tokens")
-    return size
