@@ -24,7 +24,7 @@ class LstmConfig(RecurrentConfig):
 
 
 class LstmSpeculator(RecurrentSpeculator):
-    """`speculator.type = "lstm"` (sum_lstm): each gate is proj(h) + alpha * emb(x), all four in one product and one lookup.
+    """`speculator.type = "lstm"` (sum_lstm): each gate is proj(h) + emb_scale * emb(x), all four in one product and one lookup.
 
         f, i, o = sigmoid of their gates;  c = c * f + gelu(cell_ln(cell gate)) * i;  h = inner(gelu(state_ln(c)) * o)
 
@@ -54,7 +54,7 @@ class LstmSpeculator(RecurrentSpeculator):
         rows = embedded.shape[:-1]
         projected = self.projs[step](state.hidden).view(*rows, len(GATES), self.width)
         embedded = embedded.view(*rows, 1 if self.tied_embs else len(GATES), self.width)  # tied, one is added to all four
-        gates = torch.add(projected, embedded, alpha=self.alpha)
+        gates = torch.add(projected, embedded, alpha=self.emb_scale)
         forget, input, output = gates[..., :3, :].sigmoid().unbind(-2)
         cell = F.gelu(self.cell_ln(gates[..., 3, :])) * input
         if state.cell is not None:

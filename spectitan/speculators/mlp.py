@@ -21,7 +21,7 @@ class MlpConfig(RecurrentConfig):
 
 
 class MlpSpeculator(RecurrentSpeculator):
-    """`speculator.type = "mlp"` (sum_rnn): step i maps state s and token x to gelu(norm_i(proj_i(s) + alpha * emb_i(x))).
+    """`speculator.type = "mlp"` (sum_rnn): step i maps state s and token x to gelu(norm_i(proj_i(s) + emb_scale * emb_i(x))).
 
     Weights that steps share are held once: tied, the lists `emb`, `ln` and `head` have one entry and `proj` two, and
     step i takes entry i or the last one. With widths by level, each of emb, proj and ln is a chain (ArcticTraining's).
@@ -44,7 +44,7 @@ class MlpSpeculator(RecurrentSpeculator):
         )
 
     def advance(self, step: int, state: State, embedded: Tensor) -> State:
-        total = torch.add(self.projs[step](state.hidden), embedded, alpha=self.alpha)
+        total = torch.add(self.projs[step](state.hidden), embedded, alpha=self.emb_scale)
         return State(F.gelu(self.lns[step](total)))
 
     def modules_of_step(self, step: int) -> list[nn.Module]:

@@ -110,6 +110,7 @@ class RecurrentSpeculator(Speculator):
 
     Attributes:
         width: of the sum: the last of emb_dim and of proj_dim.
+        emb_scale: what a token's embedding is multiplied with before it is added.
     """
 
     drafts_trees = True
@@ -136,7 +137,7 @@ class RecurrentSpeculator(Speculator):
             )
         # In expectation the first state makes up half of the last one's magnitude.
         state_weight = 0.5 ** (0.5 / self.steps)
-        self.alpha = math.sqrt((1 - state_weight**2) * self.width / 2) / state_weight
+        self.emb_scale = math.sqrt((1 - state_weight**2) * self.width / 2) / state_weight
 
     def inner_levels(self) -> list[nn.Module]:
         """From the width of the sum through those of inner_dim."""

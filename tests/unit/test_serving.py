@@ -56,7 +56,7 @@ def test_a_folder_read_back_drafts_the_same_bits(n, tied, scaled, tmp_path, base
     assert again.state_dict().keys() == speculator.state_dict().keys()
     for name, tensor in speculator.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert (again.scale_input, again.alpha, again.steps) == (scaled, speculator.alpha, n)
+    assert (again.scale_input, again.emb_scale, again.steps) == (scaled, speculator.emb_scale, n)
     tokens, states, counts = torch.randint(0, VOCAB, (4, 3)), BaseStates(torch.randn(4, 3, HIDDEN)), torch.tensor([1, 2, 3, 3])
     drafts = [each.draft(None, tokens, states, counts, None, n, greedy).tokens for each in (speculator, again)]
     assert torch.equal(*drafts)
