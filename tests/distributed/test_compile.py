@@ -12,6 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from benchmarks.loading import free_port
 from spectitan import train
+from spectitan.run import model
 from spectitan.training.checkpoint_reading import read_tensors
 from spectitan.training.compile import apply_compile
 from spectitan.training.optimizer import step_if_finite
@@ -58,7 +59,7 @@ def graphs_of(flags: list[str]) -> list[int]:
         return apply_compile("true", *given, backend=backend)
 
     torch.compiler.reset()
-    with mock.patch.object(train, "step_if_finite", counted), mock.patch.object(train, "apply_compile", compiling):
+    with mock.patch.object(train, "step_if_finite", counted), mock.patch.object(model, "apply_compile", compiling):
         assert train.main(flags) == 0
     return graphs
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from spectitan import prepare, train
 from spectitan.models.decoder import Decoder
 from spectitan.models.registry import fill_model
+from spectitan.run import model
 from spectitan.states import cache_files
 from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import processes, tiny
@@ -98,7 +99,7 @@ def test_a_cache_filled_ahead_is_what_training_reads(world, filled, tmp_path, mo
         with monkeypatch.context() as without:
             without.setattr(Decoder, "forward", None)
             without.setattr(
-                train, "fill_model", lambda model, *rest: (made.extend(dict(model.named_parameters())), fill_model(model, *rest))
+                model, "fill_model", lambda base, *rest: (made.extend(dict(base.named_parameters())), fill_model(base, *rest))
             )
             assert train.main(world.flags(run, **keys, **offline)) == 0
         assert losses(run) == losses(by_base) and set(made) == {"readout.embedding.weight", "readout.norm.weight"}  # its head is tied
