@@ -107,7 +107,8 @@ def test_memory_is_of_a_few_micro_batches(tmp_path, online):
             states = source.states(batch)
             expected = Base().states(batch)
             assert torch.equal(states.final, expected.final) and torch.equal(states.taps[0], expected.taps[0])
-            made |= {id(each) for each in source._free + source._used + [begun.buffer for begun in source._begun] if each is not None}
+            reading = [begun.reading.buffer for begun in source._begun if begun.reading is not None]
+            made |= {id(each) for each in source._reader._free + source._reader._used + reading}
         assert len(made) <= 3
     source.close()
 
@@ -118,7 +119,7 @@ def test_writing_holds_little_in_memory(tmp_path, monkeypatch):
     batches = [source.begin(batch_of(sample)) for sample in range(7)]
     for batch in batches:
         source.states(batch)
-        pending.append(sum(not write.done() for write in source._writing))
+        pending.append(sum(not write.done() for write in source.adder._writing))
     assert max(pending) <= 2
     source.close()
     assert len(StatesCache(tmp_path, "base", (1, -1), SIZE, "float32")) == 7
