@@ -291,7 +291,9 @@ class Checkpoint:
     interval_epochs: float = key(
         -1.0, "passes over the data between checkpoints, or parts of one (0.5), instead of checkpoint.interval; -1: by steps", minimum=-1
     )
-    folder: str = key("", "where they lie, also a URL that fsspec knows (s3://bucket/run; see docs/training.md); empty: dump_folder/checkpoints")
+    folder: str = key(
+        "", "where they lie, also a URL that fsspec knows (s3://bucket/run; see docs/training.md); empty: dump_folder/checkpoints"
+    )
     load_path: str = key("", "checkpoint, or folder of checkpoints, to start from if this run has none of its own")
     resume: str = key(
         "auto",

@@ -98,9 +98,7 @@ def test_a_cache_filled_ahead_is_what_training_reads(world, filled, tmp_path, mo
         made = []
         with monkeypatch.context() as without:
             without.setattr(Decoder, "forward", None)
-            without.setattr(
-                model, "fill_model", lambda base, *rest: (made.extend(dict(base.named_parameters())), fill_model(base, *rest))
-            )
+            without.setattr(model, "fill_model", lambda base, *rest: (made.extend(dict(base.named_parameters())), fill_model(base, *rest)))
             assert train.main(world.flags(run, **keys, **offline)) == 0
         assert losses(run) == losses(by_base) and set(made) == {"readout.embedding.weight", "readout.norm.weight"}  # its head is tied
         assert (run / "evaluations.jsonl").read_text() == (by_base / "evaluations.jsonl").read_text() != ""

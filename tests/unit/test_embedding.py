@@ -1,4 +1,4 @@
-"""README's example for codebases with a loop and a model of their own."""
+"""The example of docs/embedding.md, for codebases with a loop and a model of their own."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectitan.speculators.mlp import MlpConfig
 from tests.unit.recurrent_oracle import transcribed_logits
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "embedding.md"
 STEPS = 60
 
 
@@ -49,7 +49,7 @@ def first_losses(model: OwnModel, weights: dict[str, Tensor], tokens: Tensor) ->
 
 
 def test_the_example_trains_a_drafter_of_a_model_of_ones_own(capsys):
-    code = re.search(r"<!-- example: embedding -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    code = re.search(r"<!-- example: embedding -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
     torch.manual_seed(0)
     model, generator = OwnModel(), torch.Generator().manual_seed(1)
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
