@@ -48,7 +48,8 @@ class Run:
 def check_loggers(names: Sequence[str]) -> None:
     """Raises UserError for the first one whose package is not installed. Nothing is imported yet."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # without origin: a mere folder of that name, as wandb leaves one where it runs
             package = name if name == "tensorboard" else f'"spectitan[{name}]"'
             raise UserError(f"metrics.loggers has {name}, which is not installed: pip install {package}, or leave it out")
 

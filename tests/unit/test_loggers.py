@@ -122,12 +122,20 @@ def test_several_at_once_and_a_new_run_in_an_old_folder(tmp_path, package):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
 def test_a_missing_package_is_named(monkeypatch, name):
-    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None if wanted == name else object())
+    found = types.SimpleNamespace(origin="somewhere")
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None if wanted == name else found)
     check_loggers(["tensorboard"])
     with pytest.raises(
         UserError, match=rf'^metrics.loggers has {name}, which is not installed: pip install "spectitan\[{name}\]", or leave'
     ):
         check_loggers(["tensorboard", name])
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "runs_of_old").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="metrics.loggers has runs_of_old, which is not installed"):
+        check_loggers(["runs_of_old"])
 
 
 def test_run_names():
