@@ -166,7 +166,8 @@ class Trainer:
         self.reporter.refuse_bad()
         state = {"position": self.step * self.global_batch_size, "identity": self.identity, "data": self.data.loader.fingerprints}
         state["report"] = self.reporter.sums.state()
-        if self.config.checkpoint.async_mode == "async":
+        mode = self.config.checkpoint.async_mode
+        if mode == "async" or (mode == "auto" and self.device.type == "cuda"):
             self.checkpointer.begin(self.step, self.model.tensors(), state)
         else:
             self._saved(self.checkpointer.save(self.step, self.model.tensors(), state))

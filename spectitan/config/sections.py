@@ -302,10 +302,10 @@ class Checkpoint:
     )
     keep_latest_k: int = key(2, "checkpoints kept; 0: all", minimum=0)
     async_mode: str = key(
-        "async",
+        "auto",
         "async: training goes on while a checkpoint is written from a copy in host memory (12 bytes a trained parameter, over all "
-        "processes); disabled: it waits",
-        choices=("async", "disabled"),
+        "processes); disabled: it waits; auto: async on GPUs, disabled on CPUs, whose cores the writing needs too",
+        choices=("auto", "async", "disabled"),
     )
     save_best: str = key(
         "none",

@@ -43,6 +43,7 @@ lr = 0.01
 
 [checkpoint]
 interval = 3
+async_mode = "async"  # what is hard about saving
 
 [metrics]
 report_interval = 2
