@@ -113,7 +113,8 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
     family = _chosen_family(flags, tables, path, families)
     classes = typing.get_type_hints(Config) | {"speculator": families[family]}
     keys = {key.label: key for name, section in classes.items() for key in keys_of(name, section).values()}
-    foreign = {f"speculator.{name}": other for other in families for name in keys_of("speculator", families[other])}
+    own = {other: keys_of("speculator", section) for other, section in families.items()}
+    foreign = {f"speculator.{name}": [other for other in own if name in own[other]] for names in own.values() for name in names}
 
     values: dict[str, object] = {}
     for label, value in _file_values(tables, path, classes, keys):
@@ -203,11 +204,11 @@ def _file_values(tables: dict, path: str, classes: dict[str, type], keys: dict[s
             yield f"{section}.{name}", value
 
 
-def _known(keys: dict[str, Key], label: str, family: str, foreign: dict[str, str], source: str) -> Key:
+def _known(keys: dict[str, Key], label: str, family: str, foreign: dict[str, list[str]], source: str) -> Key:
     if label in keys:
         return keys[label]
     if label in foreign:
-        raise UserError(f'{source}: {label} is a key of speculator.type = "{foreign[label]}", but speculator.type is "{family}"')
+        raise UserError(f'{source}: {label} is a key of speculator.type = {" or ".join(foreign[label])}, but speculator.type is {family}')
     raise UserError(f"{source}: unknown key {label!r}; the nearest is {nearest(label, keys)}")
 
 
