@@ -109,7 +109,10 @@ def _tokenised(
     content. Where there is no folder of the same names and sizes the content is hashed while it is tokenised.
     """
     cache = cache_folder(data)
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir = {str(cache)!r}: {error.strerror}; allowed: a folder, or where one can be made") from None
     made_from = _made_from(dataset, data, part, tokenizer, prompts)
 
     def find() -> Path | None:

@@ -20,6 +20,13 @@ def check_seq_length(data: Data, max_positions: int) -> None:
         raise UserError(f"data.seq_length = {data.seq_length}: the base allows at most {max_positions}")
 
 
+def check_steps_fit(data: Data, steps: int) -> None:
+    """Raises UserError if a speculator's last step has no target in a sample: step k of the first state predicts token k + 2."""
+    if data.seq_length < steps + 2:
+        given = f"data.seq_length = {data.seq_length}: step {steps} of the speculator would never have a target"
+        raise UserError(f"{given}; allowed: at least {steps + 2}")
+
+
 class HeldOut(NamedTuple):
     """Held-out text."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from spectitan.config.manager import Config
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
-from spectitan.data.validation import check_seq_length
+from spectitan.data.validation import check_seq_length, check_steps_fit
 from spectitan.decoding.acceptance import draft_length, select_prompts, tree_settings
 from spectitan.distributed import utils
 from spectitan.distributed.mesh import Distributed
@@ -76,6 +76,7 @@ def find_inputs(config: Config, world: Distributed, run_folder: RunFolder) -> In
     base_weights = "random" if config.base.init == "random" else fingerprint(base_path, base_config)
     speculator, fine_tunes = _make_speculator(config, base_config, base_weights, checkpoint)
     speculator.check_device(world.device)
+    check_steps_fit(config.data, speculator.steps)
     store = _open_store(config, base_config, base_weights, speculator.taps)
     if config.export.format not in ("hf", "none") and config.speculator.type != "none":
         choose_format(speculator, config.export.format)

@@ -28,6 +28,7 @@ from tests.integration.tiny import PROGRAMS, SHORT
         ("--training.num_stepz=3", ["training.num_stepz", "training.num_steps"]),
         ("--trainig.num_steps=3", ["trainig.num_steps", "training.num_steps"]),
         ("--speculator.type=mpl", ["speculator.type", "mpl", "mlp"]),
+        ("--speculator.type=eagle3", ["speculator.speculator_width is a key of speculator.type = mlp or lstm, but", "is eagle3"]),
         ("--training.num_steps=many", ["training.num_steps", "many", "an integer"]),
         ("--training.num_steps=1.5", ["training.num_steps", "1.5", "an integer"]),
         ("--training.num_steps=0", ["training.num_steps", "0"]),
@@ -47,6 +48,7 @@ from tests.integration.tiny import PROGRAMS, SHORT
         ("--speculator.n_speculator_heads=1", ["speculator.tie_weights", "speculator.n_speculator_heads"]),
         ("--speculator.path=elsewhere", ["speculator.path"]),
         ("--data.seq_length=65", ["data.seq_length = 65", "64"]),
+        ("--data.seq_length=4", ["data.seq_length = 4", "step 3", "at least 5"]),
         ("--parallelism.sharding_strategy=ddp", ["parallelism.sharding_strategy", "ddp", "fsdp"]),
         ("--eval.num_draft_tokens=4", ["eval.num_draft_tokens = 4", "3"]),
         ("--eval.top_k_tokens_per_head=2,1", ["eval.top_k_tokens_per_head = [2, 1]", "3"]),
@@ -62,6 +64,7 @@ from tests.integration.tiny import PROGRAMS, SHORT
         ("--data.val_path=nowhere", ["data.val_path", "nowhere"]),
         ("--data.datasets=nowhere", ["data.datasets", "nowhere"]),
         ("--data.suffixes=.c", ["data", "empty dataset", ".c"]),
+        ("--data.cache_dir=/dev/null", ["data.cache_dir = '/dev/null'", "File exists"]),
         ("--checkpoint.load_path=nowhere", ["nowhere", "no checkpoint here"]),
     ],
 )

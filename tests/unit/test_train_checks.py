@@ -6,7 +6,7 @@ import pytest
 
 from spectitan.config.manager import load
 from spectitan.config.sections import Data
-from spectitan.data.validation import check_seq_length
+from spectitan.data.validation import check_seq_length, check_steps_fit
 from spectitan.errors import UserError
 from spectitan.run.folders import check_export, folders_to_write, paths_to_read
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
@@ -74,6 +74,12 @@ def test_samples_longer_than_the_context():
     check_seq_length(Data(seq_length=64), 64)
     with pytest.raises(UserError, match="^data.seq_length = 65: the base allows at most 64$"):
         check_seq_length(Data(seq_length=65), 64)
+
+
+def test_samples_in_which_a_step_has_no_target():
+    check_steps_fit(Data(seq_length=9), 7)
+    with pytest.raises(UserError, match="^data.seq_length = 8: step 7 of the speculator would never have a target; allowed: at least 9$"):
+        check_steps_fit(Data(seq_length=8), 7)
 
 
 @pytest.mark.parametrize("name", ["../other", "/tmp", "..", "a/b", "."])
