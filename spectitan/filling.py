@@ -25,13 +25,12 @@ from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import arch_of
 from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
-from spectitan.speculators.registry import new_speculator
 from spectitan.states.cache import FINAL, StatesCache, open_cache
 from spectitan.states.cached import CachedStates
 from spectitan.states.document_files import find_format
 from spectitan.states.online import OnlineStates
 from spectitan.states.sources import hidden_states_folder
-from spectitan.trained import family_keys, find_trained
+from spectitan.trained import speculator_shape
 from spectitan.training.compile import apply_compile
 from spectitan.training.intervals import steps_of_run
 from spectitan.training.run_folder import check_can_be_written
@@ -59,7 +58,7 @@ def open_states(config: Config) -> Opened:
     base_config = choose_config(config.base.arch, config.base.variant, base_path)
     check_tensor_parallel(arch_of(base_config), base_config, config.parallelism.tp_size)
     check_seq_length(config.data, base_config.max_position_embeddings)
-    taps, folder = _taps(config, base_config), hidden_states_folder(config.states, config.job.dump_folder)
+    taps, folder = speculator_shape(config, base_config).taps, hidden_states_folder(config.states, config.job.dump_folder)
     check_can_be_written("states.hidden_states_path", str(folder))
     format = find_format(folder)
     if format != "cache":
@@ -133,15 +132,6 @@ def fill_all(source: CachedStates, batches: Iterable[TokenBatch], after_each: Ca
         utils.together(source.drain)
         utils.together(lambda: _check_kept(source))
         utils.together(source.close)
-
-
-def _taps(config: Config, base_config: DecoderConfig) -> tuple[int, ...]:
-    """Layer ids that the run's speculator reads."""
-    if config.speculator.path:
-        trained = find_trained(config)
-        config.adopt_speculator(*family_keys(trained), source=str(trained.path))
-    with torch.device("meta"):
-        return new_speculator(config.speculator.type, config.speculator, base_config, config.objective).taps
 
 
 def _samples(config: Config, loader: Loader) -> int:

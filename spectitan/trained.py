@@ -18,7 +18,7 @@ from spectitan.models.registry import choose_config, get_model
 from spectitan.models.safetensors_files import INDEX, SINGLE
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.speculators.base import Speculator
-from spectitan.speculators.registry import SPECULATORS, build_speculator
+from spectitan.speculators.registry import SPECULATORS, build_speculator, new_speculator
 from spectitan.speculators.serving import describe_folder, load_speculator
 from spectitan.training.checkpoint import checkpoints_folder, module_tensors
 from spectitan.training.checkpoint_reading import find_checkpoint, read_state, read_tensors
@@ -145,6 +145,20 @@ def _check_base_config(trained: Trained, base_config: DecoderConfig, path: Path)
                 f"{path}: {name} = {json.dumps(found)}; the base in {trained.path} was trained with {json.dumps(saved)}; "
                 "allowed: the base.path of that run, or none"
             )
+
+
+def speculator_shape(config: Config, base_config: DecoderConfig) -> Speculator:
+    """What a run of these keys trains, without weights. `config` takes the keys of the speculator at speculator.path.
+
+    Raises:
+        UserError: as the run would.
+    """
+    make = new_speculator
+    if config.speculator.path:
+        trained, make = find_trained(config), build_speculator
+        config.adopt_speculator(*family_keys(trained), source=str(trained.path))
+    with torch.device("meta"):
+        return make(config.speculator.type, config.speculator, base_config, config.objective)
 
 
 def load_speculator_for(config: Config, trained: Trained | None, base: nn.Module) -> Speculator | None:

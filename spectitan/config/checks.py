@@ -148,6 +148,9 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
+    _require(
+        not config.job.init_only or config.export.format != "none", 'job.init_only = true with export.format = "none"; allowed: a format'
+    )
     training, start = config.training, f"speculator.path = {config.speculator.path!r}"
     if config.speculator.path:
         load_path = config.checkpoint.load_path

@@ -49,6 +49,10 @@ class Config:
 
     given = frozenset()  # section.key of all that the file or the command line set; no field, so that it is no table
 
+    def given_in(self, table: str) -> set[str]:
+        """The names of a table's keys that a flag or the file gives."""
+        return {name for section, _, name in (label.partition(".") for label in self.given) if section == table}
+
     def adopt_speculator(self, type: str, family_config, source: str) -> None:
         """Takes speculator.type and the family's keys from a trained speculator.
 

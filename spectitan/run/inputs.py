@@ -123,15 +123,17 @@ def _make_speculator(config: Config, base_config: DecoderConfig, base_weights: s
 
     A run that goes on has its keys in its checkpoint.
     """
-    trained = None
     if config.speculator.path:
         trained = open_checkpoint(checkpoint) if checkpoint else find_trained(config)
         config.adopt_speculator(*family_keys(trained), source=str(trained.path))
-    if trained and not checkpoint:
-        check_base(config, trained, base_weights)
+        if not checkpoint:
+            check_base(config, trained, base_weights)
         if trained.keys or has_weights(trained.path):
-            logger.info("starting from the speculator in %s, with a new optimizer", trained.path)
-            return read_speculator(trained, base_config, config.objective, config.speculator), True
+            if not checkpoint:
+                logger.info("starting from the speculator in %s, with a new optimizer", trained.path)
+            speculator = read_speculator(trained, base_config, config.objective, config.speculator)
+            speculator.check_given(config.speculator, config.given_in("speculator"))
+            return speculator, True
         logger.info("%s has no weights: a new speculator of the shape in its config.json", trained.path)
     return new_speculator(config.speculator.type, config.speculator, base_config, config.objective), False
 

@@ -1,6 +1,6 @@
 """What every drafter is: the interface of trainer, decoder and export, and the one alignment of targets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -119,6 +119,9 @@ class Speculator(nn.Module):
 
     def check(self) -> None:
         """Raises UserError if tensors that were read contradict each other."""
+
+    def check_given(self, config, given: Collection[str]) -> None:
+        """Raises UserError if a file that one of the `given` keys names contradicts what was read."""
 
     def check_device(self, device: torch.device) -> None:
         """Raises UserError if a key asks for what cannot be trained there."""

@@ -3,7 +3,9 @@
 `d2t` int64 [draft vocab] holds token id - draft id, `t2d` bool [vocab] whether a token is among them; draft ids ascend with token ids.
 """
 
+import dataclasses
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,29 @@ def read_vocabulary(config, vocab_size: int) -> tuple[Tensor, Tensor] | None:
             "file), or d2t_path and t2d_path"
         )
     return maps_of(most_frequent(read_counts(Path(config.token_freq_path), vocab_size), config.draft_vocab_size), vocab_size)
+
+
+def check_vocabulary_given(config, given: Collection[str], d2t: Tensor | None, vocab_size: int) -> None:
+    """Refuses files of another draft vocabulary than that of weights that were read.
+
+    Args:
+        config: as `read_vocabulary`; draft_vocab_size is that of the weights.
+        given: names of keys. Files that others of the keys name were those of an earlier run.
+        d2t: of the weights; None: they draft all tokens.
+
+    Raises:
+        UserError: names the first such key; or as `read_vocabulary`.
+    """
+    names = ("token_freq_path", "d2t_path", "t2d_path")
+    files = [name for name in names if name in given and getattr(config, name)]
+    if not files:
+        return
+    maps = read_vocabulary(dataclasses.replace(config, **{name: "" for name in names if name not in files}), vocab_size)
+    if (maps is None) != (d2t is None) or (maps is not None and not torch.equal(maps[0], d2t)):
+        raise UserError(
+            f"speculator.{files[0]} = {getattr(config, files[0])!r}: another draft vocabulary than the speculator at speculator.path has; "
+            "allowed: its own, or none"
+        )
 
 
 def read_counts(path: Path, vocab_size: int) -> Tensor:

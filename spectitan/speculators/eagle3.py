@@ -1,6 +1,7 @@
 """EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840): a decoder of a few layers over hidden states of the base, trained on its own outputs."""
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.objectives.vocab_parallel import rows_of
 from spectitan.speculators.base import Pick, Speculator, align_targets, collect_loss, last_index, right_before
 from spectitan.speculators.draft_decoder import DraftLayer, decoder_of, settle_draft_config
-from spectitan.speculators.draft_vocabulary import check_maps, maps_of, read_vocabulary, write_maps
+from spectitan.speculators.draft_vocabulary import check_maps, check_vocabulary_given, maps_of, read_vocabulary, write_maps
 from spectitan.speculators.eagle3_config import Eagle3Config, layer_windows, tap_layers, vocabulary_size
 from spectitan.speculators.eagle3_folders import read_eagle3, write_eagle3
 from spectitan.speculators.ttt_attention import Memory, TTTAttention, cached_bias, choose_backend, document_spans
@@ -99,6 +100,9 @@ class Eagle3Speculator(Speculator):
     def check(self) -> None:
         if self.reduced:
             check_maps(self.d2t.cpu(), self.t2d.cpu(), "draft vocabulary")
+
+    def check_given(self, config: Eagle3Config, given: Collection[str]) -> None:
+        check_vocabulary_given(config, given, self.d2t.cpu() if self.reduced else None, self.vocab_size)
 
     def check_device(self, device: torch.device) -> None:
         choose_backend(self.config.attention, device)

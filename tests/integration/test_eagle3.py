@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectitan import evaluate, export, prepare, train
-from spectitan.speculators.draft_vocabulary import write_maps
+from spectitan.speculators.draft_vocabulary import maps_of, write_maps
 from spectitan.training.checkpoint_reading import read_tensors
 from tests.integration import tiny
 
@@ -93,6 +93,28 @@ def test_a_run_from_a_folder_and_from_its_config_alone(world, flags, run, tmp_pa
     assert not torch.allclose(initial["fc.weight"], before["fc.weight"])
 
 
+def test_a_trained_ones_vocabulary_is_in_its_files(world, flags, run, tmp_path, capsys):
+    """A run from it needs no counts: it is planned, its states are cached, it is stopped and goes on. Files of other tokens are refused."""
+    start = {"speculator__type": "eagle3", "speculator__path": str(run / "export")} | tiny.SHORT | {"lr_scheduler__type": "constant"}
+    assert train.main(world.flags(tmp_path / "plan", **start, job__plan="true")) == 0
+    states = {"prepare__states": "true", "prepare__show": 0, "states__hidden_states_path": tmp_path / "states"}
+    assert prepare.main(world.flags(tmp_path / "fill", **start, **states)) == 0
+    for name, steps in (("stopped", 2), ("stopped", 4), ("whole", 4)):
+        assert train.main(world.flags(tmp_path / name, **start | {"training__num_steps": steps})) == 0
+    tiny.assert_same_training(tmp_path / "stopped", tmp_path / "whole", 4)
+
+    torch.save({token: 1 for token in range(200, 290)}, tmp_path / "other.pt")
+    write_maps(tmp_path, *maps_of(torch.arange(0, 58, 2), tiny.VOCAB))
+    counts, maps = {"token_freq_path": tmp_path / "other.pt"}, {"d2t_path": tmp_path / "d2t.npy", "t2d_path": tmp_path / "t2d.npy"}
+    for (first, file), *others in (counts.items(), maps.items()):
+        keys = start | {f"speculator__{name}": path for name, path in [(first, file), *others]}
+        line = tiny.refusal(train, world.flags(tmp_path / "run", **keys), capsys, world.root)
+        assert f"speculator.{first} = '{file}': another draft vocabulary" in line
+    same = {"d2t_path": run / "d2t.npy", "t2d_path": run / "t2d.npy"}
+    keys = start | {f"speculator__{name}": path for name, path in same.items()} | {"training__num_steps": 1}
+    assert train.main(world.flags(tmp_path / "same", **keys)) == 0
+
+
 def test_mistakes_are_told_in_one_line(world, flags, run, tmp_path, capsys):
     """From the program, before anything is tokenised or written."""
     write_maps(tmp_path, torch.tensor([0, 2]), torch.arange(tiny.VOCAB) < 2)
@@ -114,4 +136,6 @@ def test_mistakes_are_told_in_one_line(world, flags, run, tmp_path, capsys):
         changes = new | {f"speculator__{name}": value for name, value in keys.items()}
         line = tiny.refusal(train, world.flags(tmp_path / "run", **tiny.SHORT | changes), capsys, world.root)
         assert words in line, line
+    line = tiny.refusal(train, world.flags(tmp_path / "run", **tiny.SHORT | new, job__init_only="true"), capsys, world.root)
+    assert "job.init_only = true with export.format" in line
     assert not (tmp_path / "run" / "config.toml").exists()
