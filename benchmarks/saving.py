@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from training import SMALL, Setup, describe_machine, write_inputs
+from machine import describe_machine  # its neighbours: this folder is where Python looks first
+from small_run import SMALL, Setup, as_flags, run_keys, speculator_keys, write_inputs
 
 from spectitan import train
 from spectitan.distributed.fsdp import resolve_compute_dtype
@@ -66,28 +67,10 @@ def run(way: str, setup: Setup, folder: str, steps: int, interval: int, queue: m
         Checkpointer.begin, Checkpointer.finish = stalling(Checkpointer.begin, True), stalling(Checkpointer.finish, False)
     else:
         Checkpointer.save = stalling(Checkpointer.save, True)
-    keys = {
-        "job.dump_folder": f"{folder}/outputs/{os.getpid()}",
-        "job.threads": setup.threads,
-        "base.path": f"{folder}/base",
-        "data.path": f"{folder}/text",
-        "data.cache_dir": f"{folder}/cache",
-        "data.seq_length": setup.seq_length,
-        "speculator.n_speculator_heads": setup.heads,
-        "speculator.speculator_width": setup.width,
-        "training.micro_batch_size": setup.rows,
-        "training.num_steps": steps,
-        "training.compute_dtype": setup.dtype,
-        "checkpoint.interval": interval,
-        "checkpoint.async_mode": way,
-        "metrics.report_interval": 10**6,
-        "eval.prompts": "none",
-        "eval.at_end": "false",
-        "eval.loss_samples": 0,
-        "export.format": "none",
-    }
+    keys = run_keys(setup, folder) | speculator_keys(setup) | {"training.micro_batch_size": setup.rows, "training.num_steps": steps}
+    keys |= {"checkpoint.interval": interval, "checkpoint.async_mode": way}
     start = time.perf_counter()
-    assert train.main([f"--{key}={value}" for key, value in keys.items()]) == 0
+    assert train.main(as_flags(keys)) == 0
     seconds = time.perf_counter() - start
     queue.put(measured | {"run": [seconds], "peak": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]})
 

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from loading import free_port  # its neighbours: this folder is where Python looks first
+from machine import describe_machine, import_all, memory
+from small_run import SMALL, Setup, as_flags, run_keys, write_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import SMALL, Setup, describe_machine, import_all, memory, write_inputs
 
 from spectitan import train
 from spectitan.distributed.fsdp import resolve_compute_dtype
@@ -97,7 +98,7 @@ def run(rank: int, processes: int, port: int, flags: list[str], threads: int, wa
 
     train.Trainer._train_step = step
     MetricsLogger.advance = lambda logger, number: None
-    assert train.main([*flags, f"--job.threads={threads}", f"--training.num_steps={warm_up + 2 * repeats}"]) == 0
+    assert train.main([*flags, f"--training.num_steps={warm_up + 2 * repeats}"]) == 0
     row = {"seconds": statistics.median(seconds[warm_up:]), "collectives": statistics.median(shares)}
     row |= {"peak": memory("VmHWM"), "above_start": memory("VmHWM") - at_start}
     Path(f"{output}.{rank}.json").write_text(json.dumps(row))
@@ -106,8 +107,14 @@ def run(rank: int, processes: int, port: int, flags: list[str], threads: int, wa
 def measure(setup: Setup, folder: str, keys: dict, processes: int, rows: int, repeats: int, warm_up: int) -> dict:
     """Of all processes: the slowest one's step, the largest one's memory, the mean share of collectives."""
     threads = max(1, setup.threads // processes)
-    keys = common_keys(setup, folder) | keys | {"training.micro_batch_size": rows}
-    flags = [f"--{key}={value}" for key, value in keys.items()]
+    apart = {
+        "job.dump_folder": tempfile.mkdtemp(dir=folder),
+        "job.threads": threads,
+        "checkpoint.resume": "never",
+        "metrics.loggers": "",
+        "compile.enabled": "false",
+    }
+    flags = as_flags(run_keys(setup, folder) | apart | keys | {"training.micro_batch_size": rows})
     spawn, output, port = multiprocessing.get_context("spawn"), f"{folder}/measured", free_port()
     started = [
         spawn.Process(target=run, args=(rank, processes, port, flags, threads, warm_up, repeats, output)) for rank in range(processes)
@@ -129,26 +136,6 @@ def measure(setup: Setup, folder: str, keys: dict, processes: int, rows: int, re
         "peak_bytes": max(row["peak"] for row in of_ranks),
         "peak_bytes_above_start": max(row["above_start"] for row in of_ranks),
         "share_in_collectives": statistics.mean(row["collectives"] for row in of_ranks),
-    }
-
-
-def common_keys(setup: Setup, folder: str) -> dict:
-    endless = 10**6
-    return {
-        "job.dump_folder": tempfile.mkdtemp(dir=folder),
-        "base.path": f"{folder}/base",
-        "data.path": f"{folder}/text",
-        "data.cache_dir": f"{folder}/cache",
-        "data.seq_length": setup.seq_length,
-        "training.compute_dtype": setup.dtype,
-        "compile.enabled": "false",
-        "checkpoint.interval": endless,
-        "checkpoint.resume": "never",
-        "metrics.report_interval": endless,
-        "metrics.loggers": "",
-        "eval.prompts": "none",
-        "eval.at_end": "false",
-        "export.format": "none",
     }
 
 

@@ -16,32 +16,29 @@ says how to read the table. Linux: memory and the processor's description come f
 """
 
 import argparse
-import importlib
 import json
-import math
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from machine import describe_machine, import_all, memory  # its neighbours: this folder is where Python looks first
+from plain_speculators import PLAIN
+from small_run import ENDLESS, SMALL, Setup, as_flags, run_keys, speculator_keys, write_inputs
 from torch import Tensor, nn
 
 from spectitan import train
 from spectitan.data.loader import Loader
 from spectitan.distributed import utils
 from spectitan.distributed.fsdp import resolve_compute_dtype
-from spectitan.models.llama import LlamaConfig
-from spectitan.models.registry import get_model, register_model
-from spectitan.models.weights import save_hf
+from spectitan.models.registry import get_model
 from spectitan.speculators.registry import SPECULATORS
 from spectitan.states.online import OnlineStates
 from spectitan.training.allocator import use_huge_pages
@@ -49,36 +46,6 @@ from spectitan.training.metrics import MetricsLogger
 
 RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(16 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 PARTS = ("data", "base forward", "speculator forward", "backward", "optimizer")
-
-
-class Setup(NamedTuple):
-    """What is trained. The base is a random Llama with untied embeddings, the speculator a tied one."""
-
-    type: str = "mlp"
-    vocab_size: int = 32000
-    hidden_size: int = 512
-    intermediate_size: int = 1536
-    num_layers: int = 8
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    heads: int = 3
-    width: int = 512
-    rows: int = 4
-    seq_length: int = 512
-    dtype: str = "float32"
-    compile: str = "auto"
-    threads: int = 2
-
-    def base_config(self) -> LlamaConfig:
-        shape = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers, self.num_heads, self.num_kv_heads)
-        return LlamaConfig(*shape, max_position_embeddings=max(2048, self.seq_length))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-
-SMALL = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "width": 64}
 
 
 # ---- the three ways: each is a function that runs steps and calls `end_of_step(seconds of each part)` after every one ----
@@ -117,94 +84,8 @@ def run_ours(setup: Setup, folder: str, end_of_step: Callable) -> None:
     utils.clip_grad_norm = clock.time("optimizer", utils.clip_grad_norm)
     train.step_if_finite = clock.time("optimizer", train.step_if_finite)
     MetricsLogger.advance = lambda logger, step: end_of_step(clock.read())
-    endless = 10**6
-    keys = {
-        "job.dump_folder": f"{folder}/outputs/{os.getpid()}",
-        "job.threads": setup.threads,
-        "base.path": f"{folder}/base",
-        "data.path": f"{folder}/text",
-        "data.cache_dir": f"{folder}/cache",
-        "data.seq_length": setup.seq_length,
-        "speculator.type": setup.type,
-        "speculator.n_speculator_heads": setup.heads,
-        "speculator.speculator_width": setup.width,
-        "training.micro_batch_size": setup.rows,
-        "training.num_steps": endless,
-        "training.compute_dtype": setup.dtype,
-        "compile.enabled": setup.compile,
-        "checkpoint.interval": endless,
-        "metrics.report_interval": endless,
-        "eval.prompts": "none",
-        "eval.at_end": "false",
-        "eval.loss_samples": 0,
-        "export.format": "none",
-    }
-    sys.exit(train.main([f"--{key}={value}" for key, value in keys.items()]))
-
-
-def write_inputs(setup: Setup, folder: Path) -> None:
-    """base/, random weights and a tokenizer of as many words as there are ids; text/, one long document of random words."""
-    register_model("embedllama", "benchmark", setup.base_config())
-    save_hf(get_model("embedllama", "benchmark", init="random"), folder / "base", torch.bfloat16)
-    (folder / "text").mkdir()
-    vocabulary = {f"w{i}": i for i in range(setup.vocab_size)}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
-    parts = {"normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **parts, "model": model}
-    (folder / "base" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    words = torch.randint(setup.vocab_size, (100 * setup.rows * setup.seq_length,), generator=torch.Generator().manual_seed(0))
-    (folder / "text" / "words.txt").write_text(" ".join(f"w{i}" for i in words.tolist()))
-
-
-class PlainSpeculator(nn.Module):
-    """A tied speculator, written down as its formula is: logits of every step on every row. A subclass says how a state advances."""
-
-    gates = 1
-
-    def __init__(self, setup: Setup):
-        super().__init__()
-        self.steps = setup.heads
-        state_weight = 0.5 ** (0.5 / self.steps)
-        self.alpha = math.sqrt((1 - state_weight**2) * setup.width / 2) / state_weight
-        self.embedding = nn.Embedding(setup.vocab_size, setup.width)
-        self.first, self.later = (
-            nn.ModuleList(nn.Linear(size, setup.width, bias=False) for _ in range(self.gates)) for size in (setup.hidden_size, setup.width)
-        )
-        self.norm_weight, self.norm_bias = (
-            nn.ParameterList(fill(setup.width) for _ in range(min(self.gates, 2))) for fill in (torch.ones, torch.zeros)
-        )
-        self.head = nn.Linear(setup.width, setup.vocab_size, bias=False)
-
-    def rms(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-    def norm(self, x: Tensor, which: int) -> Tensor:
-        return self.rms(x) * self.norm_weight[which] + self.norm_bias[which]
-
-    def advance(self, sums: list[Tensor], cell: Tensor | float) -> tuple[Tensor, Tensor | float]:
-        return F.gelu(self.norm(sums[0], 0)), cell
-
-    def forward(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """[batch, rows, hidden], int64 [batch, rows + steps - 1] -> [steps, batch, rows, vocab]."""
-        rows, logits, cell = state.shape[1], [], 0.0
-        state = self.rms(state) / math.sqrt(2)
-        for step in range(self.steps):
-            embedded = self.alpha * self.embedding(tokens[:, step : step + rows])
-            state, cell = self.advance([gate(state) + embedded for gate in (self.later if step else self.first)], cell)
-            logits.append(self.head(state))
-        return torch.stack(logits)
-
-
-class PlainLstm(PlainSpeculator):
-    gates = 4
-
-    def advance(self, sums: list[Tensor], cell: Tensor | float) -> tuple[Tensor, Tensor | float]:
-        forget, input, output = (gate.sigmoid() for gate in sums[:3])
-        cell = cell * forget + F.gelu(self.norm(sums[3], 0)) * input
-        return F.gelu(self.norm(cell, 1)) * output, cell
-
-
-PLAIN = {"mlp": PlainSpeculator, "lstm": PlainLstm}
+    keys = run_keys(setup, folder) | speculator_keys(setup) | {"training.micro_batch_size": setup.rows, "training.num_steps": ENDLESS}
+    sys.exit(train.main(as_flags(keys)))
 
 
 def run_plain(setup: Setup, folder: str, end_of_step: Callable) -> None:
@@ -300,18 +181,6 @@ WAYS = {"ours": run_ours, "plain": run_plain, "floor": run_floor}
 
 
 # ---- processes ----
-
-
-def import_all() -> None:
-    """What PyTorch imports at the first use of FSDP, an optimizer or the compiler: it counts as program, not as the step's memory."""
-    importlib.import_module("torch._inductor.compile_fx")
-    importlib.import_module("torch.utils.tensorboard")
-
-
-def memory(field: str) -> int:
-    """VmRSS, bytes resident now, or VmHWM, the most there ever were."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def worker(way: str, setup: Setup, folder: str, connection: Connection) -> None:
@@ -422,25 +291,6 @@ def print_summary(title: str, summary: dict) -> None:
         beside = f"   (in processor time {processor:.2f})" if processor else ""
         print(f"{ratio['name']:<26}{ratio['value']:>6.2f}   goal {ratio['goal']}   goal met: {met}{beside}")
     sys.stdout.flush()
-
-
-def describe_machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "cpu": fields.get("model name", "unknown"),
-        "amx": any(flag.startswith("amx") for flag in flags),
-        "avx512_bf16": "avx512_bf16" in flags,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average_before": os.getloadavg()[0],
-        "huge_pages": pages.read_text().strip() if pages.exists() else "none",
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def main() -> None:
