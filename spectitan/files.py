@@ -59,18 +59,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_folder(temporary: Path, path: Path, stale: Collection[str], last: str = "config.json") -> None:
-    """Moves a folder's files to `path`. A new `path` appears at once; in one that exists each file is replaced at once.
+def replace_folder(temporary: Path, path: Path, stale: Collection[str]) -> None:
+    """Moves a folder's files to `path`. A new `path` appears at once; in one that exists each file is replaced at once, config.json after
+    all else is done: a new one stands for a folder that is whole.
 
     Args:
         temporary: on the same file system.
         stale: patterns of files that are removed if they are not among the new ones; all others stay.
-        last: moved after all else is done, so that a new one stands for a folder that is whole.
     """
     if not path.exists():
         temporary.rename(path)
         return
-    new = {file.name for file in temporary.iterdir()}
+    new, last = {file.name for file in temporary.iterdir()}, "config.json"
     for name in sorted(new - {last}):
         (temporary / name).replace(path / name)
     for old in {file for pattern in stale for file in path.glob(pattern)}:

@@ -151,7 +151,6 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     *,
     freeze_base: bool,
-    speculator_blocks: Iterable[nn.Module] = (),
     speculator_mesh: DeviceMesh | None = None,
 ) -> None:
     """Places base and speculator on the mesh, in place, each as its use asks.
@@ -163,7 +162,6 @@ def apply_fsdp(
         base: has `.layers` and `.readout`; full parameters, the same on every rank.
         speculator: may be without parameters (`speculator.type = "none"`).
         mesh: as `shard_trained`'s.
-        speculator_blocks: as `shard_trained`'s blocks.
         speculator_mesh: the speculator's own mesh; None: the base's.
     """
     device = torch.device(mesh.device_type)
@@ -189,7 +187,7 @@ def apply_fsdp(
         if speculator_mesh.size() == 1:
             hold_trained(speculator, device, compute_dtype)
         else:
-            shard_trained(speculator, speculator_blocks, speculator_mesh, compute_dtype)
+            shard_trained(speculator, (), speculator_mesh, compute_dtype)
         logger.info("speculator: %s masters, %s, computed in %s", master_dtype(compute_dtype), _extent(speculator_mesh), compute_dtype)
 
 
