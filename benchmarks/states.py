@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from spectitan import prepare, train
-from spectitan.config.manager import Config, load
+from spectitan.config.manager import load
+from spectitan.config.tables import Config
 from spectitan.data.loader import build_loader
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.distributed.fsdp import resolve_compute_dtype

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from spectitan import program
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.evaluation import evaluate_run
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS

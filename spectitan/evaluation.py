@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from spectitan.config.manager import Config
 from spectitan.config.sections import Data, Eval, Objective
+from spectitan.config.tables import Config
 from spectitan.data.corpus import tokenise_training
 from spectitan.data.overlap import count_overlap
 from spectitan.data.prompts import load_prompts

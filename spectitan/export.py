@@ -7,7 +7,7 @@ python -m spectitan.export --base.path BASE --speculator.path CHECKPOINT_OR_FOLD
 import sys
 
 from spectitan import program
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.exporting import export_run
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.weights import fingerprint, save_hf

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.data.loader import Loader, build_loader
 from spectitan.data.progress import Progress
 from spectitan.data.tokenizer import load_tokenizer

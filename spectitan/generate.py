@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from spectitan import program
-from spectitan.config.manager import Config
 from spectitan.config.sections import Generate
+from spectitan.config.tables import Config
 from spectitan.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from spectitan.decoding.acceptance import draft_length, summarize_acceptance
 from spectitan.decoding.generation import Generation, check_prompts, eos_ids

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from spectitan import program
-from spectitan.config.manager import Config
 from spectitan.config.sections import Data
+from spectitan.config.tables import Config
 from spectitan.data.corpus import TokenisedDataset, cache_folder, tokenise_held_out
 from spectitan.data.cut_prompts import cut_prompts
 from spectitan.data.documents import HELD_OUT, TRAINING, Dataset, Found, find_datasets, read_documents, validation_datasets

@@ -7,7 +7,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from spectitan.config.manager import Config, load
+from spectitan.config.manager import load
+from spectitan.config.tables import Config
 from spectitan.errors import StopRequested, UserError
 from spectitan.signals import StopSignal
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from spectitan import heartbeat, program
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.distributed import utils
 from spectitan.distributed.fsdp import resolve_compute_dtype, set_all_reduce, set_gradient_sync
 from spectitan.distributed.mesh import Distributed, init_distributed

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spectitan import hub
-from spectitan.config.manager import Config
 from spectitan.config.sections import Base, Objective
+from spectitan.config.tables import Config
 from spectitan.errors import UserError
 from spectitan.files import to_path
 from spectitan.models.decoder import DecoderConfig

@@ -1,20 +1,15 @@
 """Combinations of keys that cannot be, found from the configuration alone, before any work."""
 
-from __future__ import annotations
-
 import math
 import os
-import typing
 from collections.abc import Iterable
 from pathlib import Path
 
 from spectitan.config.keys import toml_value
 from spectitan.config.loss_mixture import loss_weights
 from spectitan.config.run_name import check_run_name
+from spectitan.config.tables import Config
 from spectitan.errors import UserError
-
-if typing.TYPE_CHECKING:
-    from spectitan.config.manager import Config
 
 # -1 works these out, but 0 says nothing.
 _NOT_ZERO = (

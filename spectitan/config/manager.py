@@ -1,93 +1,22 @@
-"""The configuration of a run: command-line flags win over the TOML file, the file over the defaults."""
+"""Reads the configuration of a run: command-line flags win over the TOML file, the file over the defaults."""
 
 import dataclasses
 import difflib
-import functools
 import sys
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 
 from spectitan.config import sections
 from spectitan.config.checks import check_combinations
 from spectitan.config.help import help_text
-from spectitan.config.keys import Key, keys_of, toml_value
+from spectitan.config.keys import Key, keys_of
+from spectitan.config.tables import Config, with_selection
 from spectitan.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-@dataclass
-class Config:
-    """Every key of a run, one attribute per TOML table.
-
-    `speculator` has the keys of SpeculatorSelection and, as an instance of the family's own Config class, the family's.
-    """
-
-    job: sections.Job
-    base: sections.Base
-    parallelism: sections.Parallelism
-    plan: sections.Plan
-    speculator: sections.SpeculatorSelection
-    data: sections.Data
-    training: sections.Training
-    stage2: sections.Stage2
-    states: sections.States
-    objective: sections.Objective
-    optimizer: sections.Optimizer
-    lr_scheduler: sections.LRScheduler
-    checkpoint: sections.Checkpoint
-    metrics: sections.Metrics
-    compile: sections.Compile
-    eval: sections.Eval
-    export: sections.Export
-    generate: sections.Generate
-    prepare: sections.Prepare
-
-    given = frozenset()  # section.key of all that the file or the command line set; no field, so that it is no table
-
-    def given_in(self, table: str) -> set[str]:
-        """The names of a table's keys that a flag or the file gives."""
-        return {name for section, _, name in (label.partition(".") for label in self.given) if section == table}
-
-    def adopt_speculator(self, type: str, family_config, source: str) -> None:
-        """Takes speculator.type and the family's keys from a trained speculator.
-
-        Args:
-            family_config: an instance of the family's Config class.
-            source: where it was found, for the message.
-
-        Raises:
-            UserError: a key was given another value. -1, "work it out", agrees with all, and what concerns training alone
-                (the family's `of_training`) is taken as given.
-        """
-        of_training = getattr(family_config, "of_training", ()) if type == self.speculator.type else ()
-        for label in sorted(self.given):
-            table, _, name = label.partition(".")
-            if table != "speculator" or name == "path" or name in of_training:
-                continue
-            given, theirs = getattr(self.speculator, name), type if name == "type" else getattr(family_config, name, None)
-            if given != -1 and str(given) != str(theirs):
-                found = "no such key" if theirs is None else toml_value(theirs)
-                raise UserError(f"{label} = {toml_value(given)}; {source} has {found}: leave {label} out, or start from another speculator")
-        values = dataclasses.asdict(family_config)
-        values |= {name: getattr(self.speculator, name) for name in of_training if f"speculator.{name}" in self.given}
-        self.speculator = _merged(family_config.__class__)(**values, type=type, path=self.speculator.path)
-
-    def to_toml(self) -> str:
-        """The resolved configuration as a TOML file that, loaded, gives this configuration again.
-
-        job.config_file is left out: it says where values came from, and here they all are.
-        """
-        tables = []
-        for section in dataclasses.fields(self):
-            values = dataclasses.asdict(getattr(self, section.name))
-            lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if (section.name, name) != ("job", "config_file")]
-            tables.append("\n".join([f"[{section.name}]", *lines, ""]))
-        return "\n".join(tables)
 
 
 def load(argv: list[str] | None, program: str, speculator_configs: dict[str, type]) -> Config:
@@ -103,7 +32,7 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
         SystemExit: with status 0, after --help.
     """
     argv = sys.argv[1:] if argv is None else argv
-    families = {name: _merged(config) for name, config in speculator_configs.items()} | {"none": sections.SpeculatorSelection}
+    families = {name: with_selection(config) for name, config in speculator_configs.items()} | {"none": sections.SpeculatorSelection}
     if "--help" in argv or "-h" in argv:
         common = {name: keys_of(name, section) for name, section in typing.get_type_hints(Config).items()}
         common["speculator"]["type"] = _type_key(families)
@@ -133,11 +62,6 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
     config.given = frozenset(values)
     check_combinations(config, program)
     return config
-
-
-@functools.cache  # one class a family, so that configurations of two loads compare equal
-def _merged(family_config: type) -> type:
-    return dataclasses.make_dataclass("Speculator", (), bases=(family_config, sections.SpeculatorSelection))
 
 
 def _split_flags(argv: list[str]) -> dict[str, str | None]:

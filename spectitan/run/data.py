@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.data.loader import Loader, build_loader, sample_place
 from spectitan.data.validation import HeldOut, read_held_out
 from spectitan.distributed.mesh import Distributed

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.distributed import utils
 from spectitan.distributed.mesh import Distributed

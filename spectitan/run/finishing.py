@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.evaluation import evaluate_run
 from spectitan.exporting import export_folder, export_run
 from spectitan.trained import open_checkpoint

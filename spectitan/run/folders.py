@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.exporting import base_folder, check_keeps_base, export_folder
 from spectitan.states.sources import hidden_states_folder
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
 from spectitan.data.validation import check_seq_length, check_steps_fit

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype
 from spectitan.distributed.mesh import Distributed
 from spectitan.distributed.tensor_parallel import apply_tp

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from spectitan.config.manager import Config
 from spectitan.config.run_name import fill_run_name
+from spectitan.config.tables import Config
 from spectitan.distributed.fsdp import master_dtype
 from spectitan.distributed.mesh import Distributed
 from spectitan.run.data import RunData

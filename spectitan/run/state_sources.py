@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from spectitan.config.manager import Config
+from spectitan.config.tables import Config
 from spectitan.distributed.mesh import Distributed
 from spectitan.run.data import RunData
 from spectitan.run.inputs import Inputs

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from spectitan.config import checks, manager, sections
-from spectitan.config.keys import keys_of
-from spectitan.config.manager import Config, load
+from spectitan.config import checks, sections
+from spectitan.config.keys import keys_of, toml_value
+from spectitan.config.manager import load
 from spectitan.config.sections import key
+from spectitan.config.tables import Config
 from spectitan.errors import UserError
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 
@@ -438,7 +439,7 @@ def test_help_prints_every_key_with_meaning_and_default(columns, width, monkeypa
     assert text.startswith("usage: python -m spectitan.evaluate")
     words = re.sub(r"\s+", " ", text)
     for each in all_keys() + list(keys_of("speculator", Beta).values()):
-        default = manager.toml_value(each.default)
+        default = toml_value(each.default)
         description = f"--{each.label} {each.help} ("
         assert description in words
         assert re.match(rf"[^;]*; default {re.escape(default)}\)", words.split(description)[1])

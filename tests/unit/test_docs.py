@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spectitan.config.keys import keys_of
-from spectitan.config.manager import Config, load
+from spectitan.config.manager import load
+from spectitan.config.tables import Config
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spectitan import train
-from spectitan.config.manager import Config, load
+from spectitan.config.manager import load
+from spectitan.config.tables import Config
 from spectitan.models.registry import choose_config, get_model
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, build_speculator
 from spectitan.speculators.serving import choose_format
