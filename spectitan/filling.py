@@ -17,21 +17,21 @@ from spectitan.data.progress import Progress
 from spectitan.data.tokenizer import load_tokenizer
 from spectitan.data.validation import check_seq_length, read_held_out
 from spectitan.distributed import utils
-from spectitan.distributed.fsdp import apply_fsdp, resolve_compute_dtype
+from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.distributed.mesh import Distributed, init_distributed
-from spectitan.distributed.tensor_parallel import apply_tp, check_tensor_parallel
+from spectitan.distributed.tensor_parallel import check_tensor_parallel
 from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import arch_of
 from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint, resolve_base_path
+from spectitan.run.model import parallelize
 from spectitan.states.cache import FINAL, StatesCache, open_cache
 from spectitan.states.cached import CachedStates
 from spectitan.states.document_files import find_format
 from spectitan.states.online import OnlineStates
 from spectitan.states.sources import hidden_states_folder
 from spectitan.trained import speculator_shape
-from spectitan.training.compile import apply_compile
 from spectitan.training.intervals import steps_of_run
 from spectitan.training.run_folder import check_can_be_written
 from spectitan.types import TokenBatch
@@ -102,7 +102,7 @@ def _fill(config: Config, opened: Opened, world: Distributed) -> None:
     _check_space(store, _to_add(samples, loader.samples_per_epoch, there) * config.data.seq_length)
 
     dtype = resolve_compute_dtype(config.training.compute_dtype, world.device)
-    base = _base(config, base_config, dtype, world)
+    base = _base(config, dtype, world)
     online = OnlineStates(base, tuple(column for column in store.columns if column != FINAL), frozen=True)
 
     def source(of: list, keep: bool) -> CachedStates:
@@ -177,13 +177,9 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _base(config: Config, base_config: DecoderConfig, dtype: torch.dtype, world: Distributed) -> nn.Module:
+def _base(config: Config, dtype: torch.dtype, world: Distributed) -> nn.Module:
     base = get_model(config.base.arch, config.base.variant, config.base.path, dtype=dtype, device="meta")
     base.readout.drop_head()
-    if world.tp_mesh is not None:
-        apply_tp(base, arch_of(base_config), world.tp_mesh)
-    apply_compile(config.compile.enabled, world.device, base.layers)
-    apply_fsdp(base, nn.Module(), world.mesh, dtype, freeze_base=True)
-    base.to_empty(device=world.device)
+    parallelize(config, base, None, world, dtype, freeze_base=True)
     fill_model(base, config.base.path)
     return base.eval()

@@ -136,7 +136,7 @@ def _known(keys: dict[str, Key], label: str, family: str, foreign: dict[str, lis
     if label in keys:
         return keys[label]
     if label in foreign:
-        raise UserError(f'{source}: {label} is a key of speculator.type = {" or ".join(foreign[label])}, but speculator.type is {family}')
+        raise UserError(f"{source}: {label} is a key of speculator.type = {' or '.join(foreign[label])}, but speculator.type is {family}")
     raise UserError(f"{source}: unknown key {label!r}; the nearest is {nearest(label, keys)}")
 
 

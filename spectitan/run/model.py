@@ -36,8 +36,7 @@ class Model(NamedTuple):
 
 
 def build_model(config: Config, inputs: Inputs, world: Distributed, compute_dtype: torch.dtype) -> Model:
-    """Split by tensor parallelism, compiled and sharded, in this order, before the base's weights are read.
-
+    """
     Raises:
         UserError: a base that the speculator cannot be trained on, or weights that cannot be read.
     """
@@ -45,15 +44,7 @@ def build_model(config: Config, inputs: Inputs, world: Distributed, compute_dtyp
     if config.speculator.type != "none" and not inputs.fine_tunes:
         speculator.init_weights(torch.Generator().manual_seed(config.job.seed))
     speculator.to(world.device)
-    if world.tp_mesh is not None:
-        apply_tp(base, arch_of(base.config), world.tp_mesh)
-    if config.base.activation_checkpointing:
-        apply_activation_checkpointing(base.layers)
-    # transformers' own code runs as it is. A base that is split and trained, too: compiled, its gradients are wrong (torch 2.13).
-    eager = config.base.arch == "hf" or (world.tp_mesh is not None and not config.base.freeze)
-    compile_mixtures(apply_compile(config.compile.enabled, world.device, [] if eager else base.layers, speculator.backbone()))
-    apply_fsdp(base, speculator, world.mesh, compute_dtype, freeze_base=config.base.freeze, speculator_mesh=world.speculator_mesh)
-    base.to_empty(device=world.device)  # from here on a rank holds its share, and reads no more than that
+    parallelize(config, base, speculator, world, compute_dtype, freeze_base=config.base.freeze)
     fill_model(base, inputs.base_path, config.base.init, config.job.seed)
     if not inputs.fine_tunes:
         speculator.init_from_base(base.readout)
@@ -63,6 +54,34 @@ def build_model(config: Config, inputs: Inputs, world: Distributed, compute_dtyp
     objective = build_objective(speculator, base.config, config.objective, config.training, config.base.freeze)
     optimizer = build_optimizer(trained, config.optimizer, {f"speculator.{name}" for name in speculator.inner_matrices()})
     return Model(base, speculator, trained, objective, optimizer)
+
+
+def parallelize(
+    config: Config, base: nn.Module, speculator: Speculator | None, world: Distributed, compute_dtype: torch.dtype, *, freeze_base: bool
+) -> None:
+    """Splits by tensor parallelism, compiles and shards, in this order and in place.
+
+    Args:
+        base: on the meta device; then each rank holds its share of it, without values.
+        speculator: full parameters, on the run's device.
+    """
+    if world.tp_mesh is not None:
+        apply_tp(base, arch_of(base.config), world.tp_mesh)
+    if config.base.activation_checkpointing and not freeze_base:
+        apply_activation_checkpointing(base.layers)
+    # transformers' own code runs as it is. A base that is split and trained, too: compiled, its gradients are wrong (torch 2.13).
+    eager = config.base.arch == "hf" or (world.tp_mesh is not None and not freeze_base)
+    methods = speculator.backbone() if speculator is not None else []
+    compile_mixtures(apply_compile(config.compile.enabled, world.device, [] if eager else base.layers, methods))
+    apply_fsdp(
+        base,
+        nn.Module() if speculator is None else speculator,
+        world.mesh,
+        compute_dtype,
+        freeze_base=freeze_base,
+        speculator_mesh=world.speculator_mesh,
+    )
+    base.to_empty(device=world.device)
 
 
 def _base_on_meta(config: Config, inputs: Inputs, compute_dtype: torch.dtype) -> nn.Module:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     # Shared by programs.
     "evaluation": {"config", "models", "data", "speculators", "decoding", "states", "distributed", "trained"},
     "exporting": {"config", "models", "speculators", "trained"},
-    "filling": {"config", "models", "data", "speculators", "states", "distributed", "trained", "training"},
+    "filling": {"config", "models", "data", "speculators", "states", "distributed", "trained", "training", "run"},
     "trained": {"config", "models", "speculators", "training"},
     # What train.py makes a run of: all but the programs.
     "run": {"config", "models", "objectives", "data", "speculators", "decoding", "states", "distributed", "training"}
