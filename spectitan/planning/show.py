@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from spectitan.models.registry import choose_config
-from spectitan.planning.plan import plan_run
+from spectitan.planning.rehearsal import plan_run
 from spectitan.planning.report import check_fits, describe
 from spectitan.trained import speculator_shape
 

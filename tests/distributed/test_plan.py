@@ -14,7 +14,8 @@ from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.mixtral import MixtralConfig
 from spectitan.models.registry import choose_config
 from spectitan.models.weights import save_hf
-from spectitan.planning.plan import RunPlan, plan_run
+from spectitan.planning.plan import RunPlan
+from spectitan.planning.rehearsal import plan_run
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, new_speculator
 from tests.distributed import measured_steps
 from tests.integration import processes, tiny

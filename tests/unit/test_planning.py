@@ -15,7 +15,8 @@ from spectitan.distributed.fsdp import apply_fsdp
 from spectitan.distributed.mesh import init_distributed
 from spectitan.distributed.tensor_parallel import apply_tp
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
-from spectitan.planning.plan import RunPlan, plan_run
+from spectitan.planning.plan import RunPlan
+from spectitan.planning.rehearsal import plan_run
 from spectitan.planning.report import Floor
 from spectitan.planning.sharding import share
 from spectitan.speculators.mlp import MlpConfig, MlpSpeculator
