@@ -6,9 +6,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from spectitan.models.kv_cache import KVCache, Slots
 from spectitan.models.layers import Rotation, assign, attention_bias, draw_normal, positions_in_documents
+from spectitan.models.packed_attention import can_flex, document_block_mask
 from spectitan.models.readout import Readout
 from spectitan.types import BaseStates
 
@@ -154,8 +156,8 @@ class Decoder(nn.Module):
 
     def _document_attention(
         self, tokens: Tensor, document_ids: Tensor | None, positions: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """Positions int64 [batch or 1, seq], and the bias of attention, None where it is plainly causal."""
+    ) -> tuple[Tensor, Tensor | BlockMask | None]:
+        """Positions int64 [batch or 1, seq], and the mask of attention, None where it is plainly causal."""
         length, window = tokens.shape[1], self.sliding_window
         index = torch.arange(length, device=tokens.device)
         # On a GPU this question would wait for the device; compiled layers would be compiled once more for the answer.
@@ -166,6 +168,9 @@ class Decoder(nn.Module):
             positions = index[None] if document_ids is None else positions_in_documents(document_ids)
         if document_ids is None and not 0 < window < length:
             return positions, None
+        if length > 1 and can_flex(tokens.device, dtype, self.config.head_dim):
+            ids = torch.zeros_like(tokens) if document_ids is None else document_ids
+            return positions, document_block_mask(ids, window if window > 0 else length)
         visible = (index <= index[:, None])[None]
         if 0 < window < length:
             visible = visible & (index > index[:, None] - window)

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.attention.flex_attention import BlockMask
 
+from spectitan.models import packed_attention
 from spectitan.models.kv_cache import KVCache, Slots
 
 _FEW_ROWS = 8
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         cache: KVCache | None = None,
         layer: int = 0,
         slots: Slots | None = None,
@@ -131,12 +133,20 @@ class Attention(nn.Module):
             causal = mask is None  # a bool, also where the length is traced as a symbol
         else:  # heads that share keys are rows of one head: the keys are read once for all of them
             causal, queries = False, queries.reshape(batch, keys.shape[1], -1, self.head_dim)
+        attended = self._attend(queries, keys, values, mask, causal)
+        return self.o_proj(attended.reshape(batch, -1, seq, self.head_dim).transpose(1, 2).reshape(batch, seq, -1))
+
+    @staticmethod
+    def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask | None, causal: bool) -> Tensor:
+        if isinstance(mask, BlockMask):
+            return packed_attention.attend(queries, keys, values, mask)[0]
         grouped = queries.shape[1] != keys.shape[1]
-        if grouped and mask is not None and not x.is_cpu:  # on a GPU, no kernel that takes a mask shares heads: all scores would be stored
+        if (
+            grouped and mask is not None and not queries.is_cpu
+        ):  # on a GPU, no kernel that takes a mask shares heads: all scores would be stored
             keys, values = (heads.repeat_interleave(queries.shape[1] // heads.shape[1], 1) for heads in (keys, values))
             grouped = False
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(attended.reshape(batch, -1, seq, self.head_dim).transpose(1, 2).reshape(batch, seq, -1))
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class GatedMLP(nn.Module):
@@ -173,7 +183,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         cache: KVCache | None = None,
         layer: int = 0,
         slots: Slots | None = None,
@@ -182,8 +192,8 @@ class DecoderLayer(nn.Module):
 
         Args:
             rotation: of the tokens' positions; None where they are not rotated.
-            mask: [batch or 1, 1, seq, keys], what `attention_bias` returns, added to the scores; None: causal over the
-                tokens given, or a single token that sees every key.
+            mask: [batch or 1, 1, seq, keys], what `attention_bias` returns, added to the scores; or a block mask, without a cache;
+                None: causal over the tokens given, or a single token that sees every key.
             cache, layer, slots: where keys and values are stored; slots = cache.next_slots(seq).
         """
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, layer, slots)

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spectitan.models import packed_attention
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the meta tensors that operations make for as long as they live, by kind; and of tensor parallelism's collectives.
@@ -123,12 +125,13 @@ def _local(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
     """Attention with the memory of the fused kernels, which keep no scores. PyTorch itself writes them out on the meta device."""
-    original = F.scaled_dot_product_attention
+    originals = F.scaled_dot_product_attention, packed_attention.attend
     F.scaled_dot_product_attention = lambda queries, keys, values, *args, **kwargs: _Fused.apply(queries, keys, values)
+    packed_attention.attend = lambda queries, keys, values, mask: (_Fused.apply(queries, keys, values), None)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
+        F.scaled_dot_product_attention, packed_attention.attend = originals
 
 
 class _Fused(torch.autograd.Function):

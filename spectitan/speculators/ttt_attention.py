@@ -13,21 +13,20 @@ Shapes: queries [1, heads, R, head_dim], keys and values [1, kv_heads, R, head_d
 the rows that have targets there.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from spectitan.errors import UserError
+from spectitan.models import packed_attention
 from spectitan.models.kv_cache import Slots
 from spectitan.models.layers import attention_bias
 
 BACKENDS = ("auto", "flex", "sdpa", "eager")
 _BAND_ROWS = 256  # queries of one call inside a sliding window: its mask has so many rows
-_FLEX_BLOCK = 128
 
 
 class Memory:
@@ -107,14 +106,7 @@ class TTTAttention:
         """Attention over step 0 alone, of all rows, and its log-sum-exp [1, heads, T] in float32 or wider."""
         if self.backend == "eager":
             return _by_pieces(_eager_piece, self._plan(reach, self._pieces), reach, queries, *_for_each_head(queries, keys, values))
-        attended, more = _compiled_flex()(
-            queries,
-            keys,
-            values,
-            block_mask=self._plan(reach, self._block_mask),
-            enable_gqa=queries.shape[1] != keys.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )
+        attended, more = packed_attention.attend(queries, keys, values, self._plan(reach, self._block_mask))
         return attended, more.lse
 
     def _plan(self, reach: int, make):
@@ -133,47 +125,7 @@ class TTTAttention:
         return pieces
 
     def _block_mask(self, reach: int) -> BlockMask:
-        return flex_block_mask(self.document_ids, reach)
-
-
-def flex_block_mask(document_ids: Tensor, reach: int) -> BlockMask:
-    """FlexAttention's mask, its blocks in closed form: nothing of rows x rows is evaluated.
-
-    A document is a run of rows, so the keys that a block of queries sees are a run too: from the first one that its first query
-    sees up to its last query. Of those blocks, the ones that every query sees whole need no mask.
-
-    Args:
-        document_ids: int64 [T].
-        reach: keys that a row sees at most, its own included.
-    """
-    length, device = len(document_ids), document_ids.device
-    index = torch.arange(length, device=device)
-    is_first = torch.ones_like(document_ids, dtype=torch.bool)
-    is_first[1:] = document_ids[1:] != document_ids[:-1]
-    first_key = torch.maximum(torch.where(is_first, index, 0).cummax(0).values, index - reach + 1)  # [T], ascending
-    blocks = -(-length // _FLEX_BLOCK)
-    block = torch.arange(blocks, device=device)
-    lowest = first_key[block * _FLEX_BLOCK]
-    highest = first_key[((block + 1) * _FLEX_BLOCK - 1).clamp_max(length - 1)]
-    first_seen = lowest // _FLEX_BLOCK
-    first_full = torch.minimum(-(-highest // _FLEX_BLOCK), block)  # the blocks first_full .. block - 1 are seen whole
-    order = block.expand(blocks, blocks)
-    partial = (order >= first_seen[:, None]) & (order < first_full[:, None]) | (order == block[:, None])
-    full = (order >= torch.maximum(first_full, first_seen)[:, None]) & (order < block[:, None])
-
-    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        indices = torch.argsort(chosen.int(), dim=1, descending=True, stable=True)
-        return chosen.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None]
-
-    def visible(batch, head, query, key):
-        return (key <= query) & (key >= first_key[query])
-
-    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK_SIZE=_FLEX_BLOCK, mask_mod=visible, seq_lengths=(length, length))
-
-
-@functools.cache
-def _compiled_flex():
-    return torch.compile(flex_attention, dynamic=False)
+        return packed_attention.document_block_mask(self.document_ids[None], reach)
 
 
 def cached_bias(slots: Slots, window: int, dtype: torch.dtype) -> Tensor | None:

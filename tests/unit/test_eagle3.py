@@ -6,9 +6,11 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
+from spectitan.models import packed_attention
 from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.readout import Readout
@@ -16,7 +18,7 @@ from spectitan.objectives import losses
 from spectitan.objectives.chunked import argmax_tokens, expected_acceptance
 from spectitan.speculators import eagle3
 from spectitan.speculators.eagle3 import Eagle3Config, Eagle3Speculator
-from spectitan.speculators.ttt_attention import Memory, TTTAttention, choose_backend, document_spans, flex_block_mask
+from spectitan.speculators.ttt_attention import Memory, TTTAttention, choose_backend, document_spans
 from spectitan.types import BaseStates, TokenBatch
 from tests.unit.eagle3_oracle import outputs_of_document
 
@@ -304,35 +306,11 @@ def test_long_documents_in_a_window_go_by_bands(window):
         torch.testing.assert_close(*both, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("reach", [1, 2, 127, 130, 500, 10**6])
-@pytest.mark.parametrize("lengths", [[613], [1, 127, 128, 129, 3, 200], [128, 256], [5]])
-def test_flex_blocks_in_closed_form_are_those_of_the_dense_mask(lengths, reach):
-    ids = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
-    mask, index = flex_block_mask(ids, reach), torch.arange(len(ids))
-    dense = (ids[:, None] == ids) & (index <= index[:, None]) & (index > index[:, None] - reach)
-    assert torch.equal(mask.mask_mod(0, 0, index[:, None], index), dense)
-    blocks = -(-len(ids) // 128)
-    padded = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
-    padded[: len(ids), : len(ids)] = dense
-    tiles = padded.view(blocks, 128, blocks, 128).transpose(1, 2).flatten(2)
-    for i, j in itertools.product(range(blocks), repeat=2):
-        partial = j in mask.kv_indices[0, 0, i, : mask.kv_num_blocks[0, 0, i]]
-        full = j in mask.full_kv_indices[0, 0, i, : mask.full_kv_num_blocks[0, 0, i]]
-        assert not (partial and full) and (not tiles[i, j].any() or partial or full)
-        rows = min(128, len(ids) - 128 * i)  # of the last block, those that there are
-        assert not full or tiles[i, j].view(128, 128)[:rows].all()
-        assert not partial or tiles[i, j].any(), "a block that nothing is seen of"
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [-1, 5])
 def test_flex_attention_forward_equals_the_others(window, monkeypatch):
     """Its backward needs a GPU; its mask, its log-sum-exp and the merging are the same on a CPU, eagerly."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    from spectitan.speculators import ttt_attention
-
-    monkeypatch.setattr(ttt_attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
     ids = make_batch().document_ids
     rows = torch.tensor([0, 4, 5, 13, 28, 29, 40])
     for steps in (0, 3):
