@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -94,6 +95,22 @@ class ShareOfSum(ParallelStyle):
         return module
 
 
+class RowsOfVocabulary(RowwiseParallel):
+    """An embedding of tokens, split by rows: int64 [own rows, m] -> [own rows, m, hidden], which has arrived when it is returned.
+
+    A compiled function drops the gradient of an argument that is still on its way: AOTAutograd takes in its place what
+    `AsyncCollectiveTensor.trigger_wait()` returns, which has no history (torch 2.13; 2.11 had it right).
+    """
+
+    def __init__(self):
+        super().__init__(input_layouts=_ROWS, output_layouts=_ROWS)
+
+    def _apply(self, module: nn.Embedding, mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, mesh)
+        module.register_forward_hook(lambda module, args, rows: wait_tensor(rows))
+        return module
+
+
 class PositionsOfRows(RowwiseParallel):
     """An embedding of positions, split by rows: int64 [rows of the group, or 1, m] -> [own rows, or 1, m, hidden]."""
 
@@ -170,7 +187,7 @@ def _kv_heads(config) -> int:
 
 # Embedding and head are split by vocabulary, so that they can be tied. The last rank has fewer rows where the vocabulary does not divide.
 _READOUT_PLAN = {
-    "embedding": RowwiseParallel(input_layouts=_ROWS, output_layouts=_ROWS),
+    "embedding": RowsOfVocabulary(),
     "norm": SequenceParallel(sequence_dim=0, use_local_output=True),
     "head": ColwiseParallel(input_layouts=_ROWS, output_layouts=_ROWS),
 }

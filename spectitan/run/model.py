@@ -69,10 +69,9 @@ def parallelize(
         apply_tp(base, arch_of(base.config), world.tp_mesh)
     if config.base.activation_checkpointing and not freeze_base:
         apply_activation_checkpointing(base.layers)
-    # transformers' own code runs as it is. A base that is split and trained, too: compiled, its gradients are wrong (torch 2.13).
-    eager = config.base.arch == "hf" or (world.tp_mesh is not None and not freeze_base)
+    blocks = [] if config.base.arch == "hf" else base.layers  # transformers' own code runs as it is
     methods = speculator.backbone() if speculator is not None else []
-    compile_mixtures(apply_compile(config.compile.enabled, world.device, [] if eager else base.layers, methods))
+    compile_mixtures(apply_compile(config.compile.enabled, world.device, blocks, methods))
     apply_fsdp(
         base,
         nn.Module() if speculator is None else speculator,
