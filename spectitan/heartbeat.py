@@ -19,6 +19,11 @@ def beats() -> int:
     return _beats
 
 
+def is_covered() -> bool:
+    """Whether the process shows signs of life all the time, as within `covered`."""
+    return _covered > 0
+
+
 @contextmanager
 def covered() -> Iterator[None]:
     """As long as the block lasts the process shows signs of life: for work of others that tells nothing of how far it is."""

@@ -31,6 +31,7 @@ class _Record:
     marks: int = 0  # places of the training loop that it has passed
     place: str = "while preparing"
     waits: bool = False  # in a collective, for others
+    compiles: bool = False  # or is in other work that nobody can tell the end of
     verdict: str = ""  # the line with which the job ends
     author: int = -1  # rank that found it
     machine: str = ""
@@ -41,7 +42,7 @@ class _Clocks:
     """Seconds, of those in which this process ran.
 
     Attributes:
-        step: since the beginning of an optimizer step that is timed.
+        step: since the beginning of an optimizer step that is timed, less those in which a rank compiled.
         quiet: elsewhere, since the last sign of life of any rank's work.
         silence: for each rank, since something was heard of its process; it stands while the store does not answer.
         store_silence: since the store answered.
@@ -54,11 +55,14 @@ class _Clocks:
         self._seen: list = [None, None, None]
         self._numbers = [0] * ranks
 
-    def advance(self, seconds: float, step: int | None, beats: int, records: list[_Record], exchanges: int) -> None:
-        """`seconds` have passed. Args: step: None: none that is timed; beats: of this process; exchanges: with the store, so far."""
+    def advance(self, seconds: float, step: int | None, beats: int, records: list[_Record], exchanges: int, compiles: bool = False) -> None:
+        """`seconds` have passed. Args: step: None: none that is timed; beats, compiles: of this process; exchanges: with the store, so far."""
         step_before, signs_before, exchanges_before = self._seen
         signs = [beats, *(record.beats for record in records)]
-        self.step = self.step + seconds if step is not None and step == step_before else 0.0
+        if step is None or step != step_before:
+            self.step = 0.0
+        elif not (compiles or any(record.compiles for record in records)):
+            self.step += seconds
         self.quiet = self.quiet + seconds if step is None and signs == signs_before else 0.0
         self.store_silence += seconds
         if exchanges != exchanges_before:
@@ -76,7 +80,8 @@ class Watchdog:
 
     It ends every process, with EXIT_STATUS and one line of one of them that names rank and step, when
     - a process is silent for `timeout`: it is stopped, or its machine is gone;
-    - an optimizer step takes `timeout` from its start;
+    - an optimizer step takes `timeout` from its start, compiling aside: a base whose states come from disk is compiled when the first
+      sample is missing there;
     - elsewhere no rank shows a sign of life for `timeout` (heartbeat.py).
     A process that is stopped cannot end itself: those on its machine kill it. Time in which the watching process did not run
     itself, because the whole job was suspended, does not count.
@@ -163,7 +168,7 @@ class Watchdog:
             news = self._news.wait(0.02 if self._own.verdict else self._look)
             self._news.clear()
             self._own.number += 1
-            self._own.beats, self._own.waits = heartbeat.beats(), self._worker_waits()
+            self._own.beats, self._own.waits, self._own.compiles = heartbeat.beats(), self._worker_waits(), heartbeat.is_covered()
             try:
                 store.set(str(self._rank), json.dumps(asdict(self._own)))
                 if not news or time.monotonic() > heard + self._look:
@@ -188,7 +193,7 @@ class Watchdog:
             if self._use_counts and used - use > _BUSY * (now - before):
                 heartbeat.beat()
             ran, before, use = min(now - before, 2 * self._look), now, used
-            self._clocks.advance(ran, self._timed_step, heartbeat.beats(), self._records, self._exchanges)
+            self._clocks.advance(ran, self._timed_step, heartbeat.beats(), self._records, self._exchanges, heartbeat.is_covered())
             verdict = next((record for record in self._records if record.verdict), None) or self._judge()
             if verdict and not self._left.is_set():
                 self._end(verdict)

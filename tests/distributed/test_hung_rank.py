@@ -1,5 +1,6 @@
 """A rank that hangs ends the job within job.timeout: every process, with one line that names rank and step."""
 
+import contextlib
 import json
 import signal
 import time
@@ -81,6 +82,16 @@ def test_the_clock_of_a_step_runs_from_its_start_whatever_beats():
     assert (clocks.step, clocks.quiet) == (0, 1)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_clock_of_a_step_stands_while_a_rank_compiles(own):
+    clocks, other = _Clocks(2, look=1.0), _Record()
+    for look in range(9):
+        now = 3 <= look < 7
+        other.compiles = now and not own
+        clocks.advance(1.0, step=7, beats=look, records=[_Record(), other], exchanges=0, compiles=now and own)
+    assert clocks.step == 4  # of the eight looks after the first
+
+
 def test_outside_of_steps_the_work_of_any_rank_counts():
     clocks = _Clocks(2, look=1.0)
     for look in range(5):
@@ -113,7 +124,8 @@ def hang(_rank: int, place: str, output: str) -> None:
             time.sleep(1)
         for step in range(1, 30 if place == "step" else 1):
             watchdog.step(step, timed=True)
-            time.sleep(0.05)
+            with heartbeat.covered() if step == 9 else contextlib.nullcontext():
+                time.sleep(1 if step == 9 else 0.05)
         for _ in range(1000):
             if place == "step":
                 heartbeat.beat()
