@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectitan.distributed import fsdp
 from spectitan.distributed.mesh import ParallelDims, choose_device, init_distributed
 from spectitan.errors import UserError
+from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -115,6 +118,36 @@ def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it(monkeypatch, flags, e
 def test_named_dtypes():
     assert fsdp.resolve_compute_dtype("float64", CPU) == fsdp.master_dtype(torch.float64) == torch.float64
     assert fsdp.resolve_compute_dtype("bfloat16", CPU) == torch.bfloat16 and fsdp.master_dtype(torch.bfloat16) == torch.float32
+
+
+class Gathers(TorchDispatchMode):
+    """Counts those that have begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.begun += function.overloadpacket.__name__.strip("_") == "allgather_base"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_each_block_is_gathered_while_the_one_before_it_computes(freeze):
+    """Of four ranks this is one, and the others are not there."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        world = init_distributed("fsdp", device="cpu")
+        base = EmbedLLaMA(LlamaConfig(61, 16, 24, num_layers=4, num_heads=2))
+        fsdp.apply_fsdp(base, nn.Module(), world.mesh, torch.float32, freeze_base=freeze)
+        gathers, begun = Gathers(), []
+        for layer in base.layers:
+            layer.register_forward_pre_hook(lambda layer, args: begun.append(gathers.begun))  # after FSDP's own
+        with gathers:
+            base(torch.zeros(2, 5, dtype=torch.int64))
+        assert begun == [3, 4, 5, 6 if freeze else 5]  # the readout, the layer, and the next; a trained readout stays gathered
+    finally:
+        dist.destroy_process_group()
 
 
 class Scaled(nn.Module):
