@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
 from spectitan.config.loss_mixture import loss_weights, needs_teacher
-from spectitan.objectives.block_passes import block_pass
+from spectitan.objectives.block_passes import RehearsedPass, block_pass
 from spectitan.objectives.vocab_parallel import VOCAB_PARALLEL, vocab_parallel_loss
 from spectitan.types import to_device
 
@@ -148,7 +148,9 @@ class _Chunks:
 
 
 def _row_pass(weight: Tensor) -> Callable:
-    """What scores the logits of a head."""
+    """What scores the logits of a head. On the meta device a plan is made, for a GPU."""
+    if weight.is_meta and weight.dtype != torch.float64:
+        return RehearsedPass
     if weight.is_cuda and weight.dtype != torch.float64 and importlib.util.find_spec("triton"):
         from spectitan.objectives.triton_pass import TritonPass
 
@@ -169,7 +171,7 @@ class _WideSum:
         self.total = torch.zeros_like(like, dtype=dtype)
         rows = max(1, self._BLOCK_BYTES // (like.element_size() * like.shape[1])) if like.device.type == "cpu" else len(like)
         self.product = like.new_empty(min(rows, len(like)), like.shape[1]) if like.dtype != dtype else None
-        self.wide = None if self.product is None else self.product.to(dtype)
+        self.wide = self.product.to(dtype) if self.product is not None and like.device.type == "cpu" else None  # a GPU widens as it adds
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
         """Adds left [V, rows] @ right [rows, w]."""
@@ -178,4 +180,4 @@ class _WideSum:
             return
         for total, rows in zip(self.total.split(len(self.product)), left.split(len(self.product))):
             product = torch.mm(rows, right, out=self.product[: len(rows)])
-            total.add_(self.wide[: len(rows)].copy_(product))
+            total.add_(product if self.wide is None else self.wide[: len(rows)].copy_(product))

@@ -14,6 +14,8 @@ from spectitan.models.gpt_bigcode import GPTBigCodeConfig
 from spectitan.models.mixtral import MixtralConfig
 from spectitan.models.registry import choose_config
 from spectitan.models.weights import save_hf
+from spectitan.objectives import fused_linear
+from spectitan.objectives.block_passes import block_pass
 from spectitan.planning.plan import RunPlan
 from spectitan.planning.rehearsal import plan_run
 from spectitan.speculators.registry import SPECULATOR_CONFIGS, new_speculator
@@ -103,6 +105,12 @@ def planned(run: list[str], ranks: int) -> RunPlan:
     with torch.device("meta"):
         speculator = new_speculator(config.speculator.type, config.speculator, base_config, config.objective)
     return plan_run(config, base_config, speculator)
+
+
+@pytest.fixture(autouse=True)
+def losses_as_on_a_cpu(monkeypatch):
+    """Elsewhere a plan takes Triton's."""
+    monkeypatch.setattr(fused_linear, "RehearsedPass", block_pass)
 
 
 @pytest.fixture(scope="module")
