@@ -102,8 +102,8 @@ class Trainer:
             self.reporter.seconds_waiting += time.perf_counter() - waited
             batches = [self.states.trained_on.begin(sample) for sample in samples]
             targets = [self.objective.align(batch) for batch in batches]
-            agreed, stopping, saving, written = self._agree(samples, batches, targets, stop)
-            if stopping:
+            agreed = self._agree(samples, batches, targets, stop)
+            if agreed.stopping:
                 stop.requested = stop.requested or signal.SIGTERM  # another rank's: all end together
                 break
             self.reporter.sums.add_samples(agreed.targets, agreed.tokens_by_dataset, agreed.tokens, agreed.sample_hash)
@@ -111,27 +111,27 @@ class Trainer:
             self.step += 1
             self.watchdog.phase("reporting")
             self.metrics.advance(self.step)
-            if written:
+            if not agreed.writing:
                 self._finish_save()
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
                 self._report()
-            if saving or is_due(self.step, self.data.save_interval):
+            if agreed.saving or is_due(self.step, self.data.save_interval):
                 self._save()
                 saved_at = self.step
         if self.step != saved_at:
             self._save()
         self._finish_save()
 
-    def _agree(self, samples: list, batches: list, targets: list, stop: StopSignal) -> tuple[Agreement, bool, bool, bool]:
-        """The counts of all ranks, and whether anyone was asked to stop or save, and all have written their part of a checkpoint."""
+    def _agree(self, samples: list, batches: list, targets: list, stop: StopSignal) -> Agreement:
         # Cleared before it is acted on: a signal that arrives in between counts for the next step.
         save_requested, stop.save_requested = stop.save_requested, False
-        flags = stop.requested is not None, save_requested, not self.checkpointer.written
         self.watchdog.mark()
-        agreed = agree(samples, batches, targets, len(self.data.loader.datasets), flags)
+        agreed = agree(
+            samples, batches, targets, len(self.data.loader.datasets),
+            stopping=stop.requested is not None, saving=save_requested, writing=not self.checkpointer.written,
+        )  # fmt: skip
         self.watchdog.mark()
-        stopping, saving, writing = agreed.flags
-        return agreed, stopping, saving, not writing
+        return agreed
 
     def _train_step(self, batches: list, targets: list, denominators: Tensor) -> None:
         self.optimizer.zero_grad()

@@ -15,30 +15,33 @@ from spectitan.types import Targets, TokenBatch
 class Agreement(NamedTuple):
     """The same on all ranks."""
 
+    stopping: bool  # one has been asked to stop
+    saving: bool  # one has been asked to save
+    writing: bool  # one still writes its part of a checkpoint
     targets: Tensor  # int64 [steps], the global count of each step's: what losses are normalised by
-    flags: tuple[bool, ...]  # whether any rank has raised each
     tokens: int  # of the batches, padding left out
     tokens_by_dataset: Tensor  # int64 [datasets], those that may be targets
     sample_hash: int  # of the samples, modulo 2**64
 
 
 def agree(
-    samples: Sequence[TokenBatch], batches: Sequence[TokenBatch], targets: Sequence[Targets], num_datasets: int, flags: Sequence[bool]
-) -> Agreement:
+    samples: Sequence[TokenBatch], batches: Sequence[TokenBatch], targets: Sequence[Targets], num_datasets: int, *,
+    stopping: bool, saving: bool, writing: bool,
+) -> Agreement:  # fmt: skip
     """All ranks call it together.
 
     Args:
         samples: micro-batches as the loader gives them.
         batches: as they are trained on.
         targets: of each batch.
-        flags: of this rank.
+        stopping, saving, writing: this rank.
     """
     counts = sum(target.counts for target in targets)
     sample_hash = sum(hash_keys(0, sample.index, sample.sample_ids).sum() for sample in samples)
     datasets = torch.cat([(batch.sample_ids >> SAMPLE_BITS).repeat_interleave(batch.loss_mask.sum(1)) for batch in batches])
     by_dataset = torch.bincount(datasets, minlength=num_datasets)
     tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
-    here = [torch.tensor([sample_hash, tokens]), torch.tensor(flags, dtype=torch.int64), counts, by_dataset]
-    numbers, raised, counts, by_dataset = utils.sum_over_ranks(torch.cat(here)).split([len(part) for part in here])
-    sample_hash, tokens = numbers.tolist()
-    return Agreement(counts, tuple(raised.bool().tolist()), tokens, by_dataset, sample_hash % 2**64)
+    here = [torch.tensor([stopping, saving, writing, tokens, sample_hash]), counts, by_dataset]
+    numbers, counts, by_dataset = utils.sum_over_ranks(torch.cat(here)).split([len(part) for part in here])
+    stopping, saving, writing, tokens, sample_hash = numbers.tolist()
+    return Agreement(bool(stopping), bool(saving), bool(writing), counts, tokens, by_dataset, sample_hash % 2**64)
