@@ -103,7 +103,7 @@ def test_a_trained_ones_vocabulary_is_in_its_files(world, flags, run, tmp_path, 
         assert train.main(world.flags(tmp_path / name, **start | {"training__num_steps": steps})) == 0
     tiny.assert_same_training(tmp_path / "stopped", tmp_path / "whole", 4)
 
-    torch.save({token: 1 for token in range(200, 290)}, tmp_path / "other.pt")
+    torch.save(dict.fromkeys(range(200, 290), 1), tmp_path / "other.pt")
     write_maps(tmp_path, *maps_of(torch.arange(0, 58, 2), tiny.VOCAB))
     counts, maps = {"token_freq_path": tmp_path / "other.pt"}, {"d2t_path": tmp_path / "d2t.npy", "t2d_path": tmp_path / "t2d.npy"}
     for (first, file), *others in (counts.items(), maps.items()):
