@@ -191,7 +191,7 @@ def test_prompts_are_cut_from_held_out_lines(folder, capsys):
         ({"base__path": "nowhere"}, "base.path = 'nowhere'"),
         ({"base__path": "{folder}/text"}, "no tokenizer in this folder"),
         ({"data__drop_overlap": "nowhere.jsonl"}, "nowhere.jsonl: prompts file nowhere.jsonl: No such file or directory"),
-        ({"data__cache_dir": "{folder}/text/code/0.txt"}, "{folder}/text/code/0.txt: File exists"),
+        ({"data__cache_dir": "{folder}/text/code/0.txt"}, "data.cache_dir = '{folder}/text/code/0.txt': File exists; allowed: a folder"),
         (
             {"base__path": "{folder}/text", "prepare__tokenizer_vocab_size": 256},
             "prepare.tokenizer_vocab_size = 256; allowed: 0, or above 256",
