@@ -35,6 +35,17 @@ def test_a_tree_is_read_by_suffix_in_sorted_order(tmp_path):
     assert list(read(Data(path=str(tmp_path), datasets=["b", "a.md"]))[0]) == ["b/a.txt", "b/z.txt", "a.md"]
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.tsv"])
+def test_a_table_that_is_not_read_is_no_text_by_mistake(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"text": "7"}\n')
+    with pytest.raises(UserError, match=f"^data.path = '{path}': a table that is not read, and no text; allowed: JSON lines"):
+        find_datasets(Data(path=str(path)))
+    assert read(Data(path=str(path), format="text"))[0] == {name: '{"text": "7"}\n'}
+    assert read(Data(path=str(path), format="jsonl"))[0] == {f"{name}:1": "7"}
+    assert read(Data(path=str(path), suffixes=[path.suffix]))[0] == {name: '{"text": "7"}\n'}
+
+
 def test_links_are_followed_but_not_back(tmp_path):
     write_texts(tmp_path, {"elsewhere/deep/b.txt": "b", "root/a.txt": "a", "file.txt": "c"})
     for link, target in {"linked": "elsewhere", "again/linked": "elsewhere/deep", "c.txt": "file.txt", "loop": "root", "up/x": "."}.items():

@@ -18,6 +18,7 @@ STDLIB = "python:stdlib"
 STDLIB_WITH_TESTS = "python:stdlib+tests"
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TESTS = frozenset({"test", "tests"})
+_NO_TEXT = frozenset({".json", ".csv", ".tsv"})  # a file that is named is read whatever its suffix, but these would be a text by mistake
 _EXCLUDED = {STDLIB: (_NOT_STDLIB | _TESTS, (".py",)), STDLIB_WITH_TESTS: (_NOT_STDLIB, (".py",))}  # folders, and suffixes to read
 
 
@@ -84,6 +85,9 @@ def _source(data: Data, key: str, path: str, splits: tuple[str, ...]) -> _Source
         return _Source(Path(sysconfig.get_path("stdlib")), suffixes, excluded, ())
     suffixes, local = readable_suffixes(data), Path(path).expanduser()
     if path and local.exists():
+        if data.format == "auto" and local.suffix in _NO_TEXT and not local.name.endswith(suffixes) and local.is_file():
+            allowed = "JSON lines, text or Parquet; data.format = jsonl or text, if it is one of these under another name"
+            raise UserError(f"{key} = {path!r}: a table that is not read, and no text; allowed: {allowed}")
         return _Source(local, suffixes, frozenset(), ())
     problem = f"{key} = {path!r}: no such file or folder"
     if not hub.could_be_dataset(path):
