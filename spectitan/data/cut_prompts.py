@@ -2,6 +2,7 @@
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from spectitan.data.documents import Document, Ids
@@ -29,41 +30,40 @@ def cut_prompts(documents: Iterable[Document], tokenizer: Tokenizer, count: int,
 
 
 def _candidates(documents: Iterable[Document], tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, float, dict]]:
+    """(turn, place in it, prompt). A later turn has no document while there are enough prompts of earlier ones."""
+    of_turn: Counter[int] = Counter()
     for number, document in enumerate(documents):
-        cut = _of_text if isinstance(document.content, str) else _before_the_answer
-        if isinstance(document.content, Ids) and document.content.mask is None:
+        content, cut, turns = document.content, _of_text, 1 + count // 8
+        if isinstance(content, Ids) and content.mask is None:
             cut = _of_ids
-        for turn, ids in cut(document.content, number, tokenizer, count, seed):
-            yield turn, float(uniform(seed, number, turn, 2)), {"tokens": ids, "source": document.source}
+        elif not isinstance(content, str):
+            cut, turns = _before_the_answer, 1
+        for turn in range(turns):
+            if sum(of_turn[earlier] for earlier in range(turn)) >= count:
+                break
+            place, length, rank = (float(uniform(seed, number, turn, purpose)) for purpose in range(3))
+            ids = cut(content, place, MIN_TOKENS + int(length * (MAX_TOKENS - MIN_TOKENS + 1)), tokenizer)
+            if ids:
+                of_turn[turn] += 1
+                yield turn, rank, {"tokens": ids, "source": document.source}
 
 
-def _of_text(text: str, number: int, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+def _of_text(text: str, place: float, size: int, tokenizer: Tokenizer) -> list[int] | None:
+    """`size` tokens from a place in the text, 0 to 1, on; None if it does not go on after them."""
     lines = text.splitlines(keepends=True)
-    for turn, place, size in _windows(number, count, seed):
-        excerpt = "".join(lines[int(place * len(lines)) :])[: 16 * MAX_TOKENS]
-        ids = tokenizer.prompt(tokenizer.encode(excerpt))
-        if len(ids) > size:  # the text goes on after the prompt
-            yield turn, ids[:size]
+    excerpt = "".join(lines[int(place * len(lines)) :])[: 16 * MAX_TOKENS]
+    ids = tokenizer.prompt(tokenizer.encode(excerpt))
+    return ids[:size] if len(ids) > size else None
 
 
-def _of_ids(content: Ids, number: int, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+def _of_ids(content: Ids, place: float, size: int, tokenizer: Tokenizer) -> list[int] | None:
+    """As `_of_text`."""
     text = content.ids[1:] if content.ids[0] == tokenizer.bos_id else content.ids
-    for turn, place, size in _windows(number, count, seed):
-        begin = int(place * len(text))
-        ids = tokenizer.prompt(text[begin : begin + size + 1].tolist())
-        if len(ids) > size:
-            yield turn, ids[:size]
+    begin = int(place * len(text))
+    ids = tokenizer.prompt(text[begin : begin + size + 1].tolist())
+    return ids[:size] if len(ids) > size else None
 
 
-def _windows(number: int, count: int, seed: int) -> Iterator[tuple[int, float, int]]:
-    """(turn, place in the text from 0 to 1, tokens) of the prompts that a document may give."""
-    for turn in range(1 + count // 8):
-        place, length = (float(uniform(seed, number, turn, purpose)) for purpose in range(2))
-        yield turn, place, MIN_TOKENS + int(length * (MAX_TOKENS - MIN_TOKENS + 1))
-
-
-def _before_the_answer(content: tuple, number: int, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+def _before_the_answer(content: tuple, place: float, size: int, tokenizer: Tokenizer) -> list[int]:
     ids, mask = encode(content, tokenizer)
-    prompt = ids[: int(mask.argmax())].tolist()
-    if prompt:
-        yield 0, prompt
+    return ids[: int(mask.argmax())].tolist()

@@ -104,6 +104,21 @@ def test_prompts_are_cut_from_ids_of_texts():
         assert " ".join(map(str, prompt["tokens"][1:])) in text
 
 
+def test_documents_after_enough_prompts_are_tokenised_once():
+    encoded = []
+
+    class Noting(ByteTokenizer):
+        def encode(self, text):
+            encoded.append(text[:4])
+            return super().encode(text)
+
+    documents = [Document(f"{number:04} " * 60, f"{number}", 0) for number in range(100)]
+    prompts = [json.loads(line) for line in cut_prompts(documents, Noting(), 16, seed=0).splitlines()]
+    assert len({prompt["source"] for prompt in prompts}) == 16, "documents take turns"
+    times = [3] * 7 + [2] * 8 + [1] * 85  # from the 8th on there are 16 of the first two turns, from the 16th on of the first
+    assert encoded == [f"{number:04}" for number, count in enumerate(times) for _ in range(count)]
+
+
 # ---- what `datasets` saves ----
 
 
