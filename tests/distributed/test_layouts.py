@@ -37,7 +37,7 @@ REDUCED = EAGLE3 | FEW | {"speculator__ttt_tokens": "own", "speculator__ttt_step
 KINDS = {
     "mlp": STAGE2,
     "lstm": STAGE2 | {"speculator__type": "lstm", "stage2__start_step": 4, "training__num_steps": 8, "checkpoint__interval": 8},
-    "eagle3": EAGLE3 | FEW | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8},
+    "eagle3": EAGLE3 | FEW | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8, "optimizer__name": "muon"},
     "eagle3_reduced": REDUCED,
     "joint": JOINT,
     "mixtral": JOINT | FEW,

@@ -16,6 +16,7 @@ from tests.integration import processes, tiny
 STEPS = 13
 RUN = {"training__num_steps": STEPS, "checkpoint__interval": 4, "checkpoint__keep_latest_k": 0, "metrics__report_interval": 1}
 RUN |= {"training__micro_batch_size": 1, "parallelism__sharding_strategy": "fsdp", "eval__at_end": "false", "export__format": "none"}
+RUN |= {"speculator__type": "eagle3", "optimizer__name": "muon"}
 
 
 @pytest.fixture(scope="module")
