@@ -70,7 +70,12 @@ def read_vocabulary(config, vocab_size: int) -> tuple[Tensor, Tensor] | None:
             f"speculator.draft_vocab_size = {config.draft_vocab_size} needs speculator.token_freq_path (spectitan.prepare writes such a "
             "file), or d2t_path and t2d_path"
         )
-    return maps_of(most_frequent(read_counts(Path(config.token_freq_path), vocab_size), config.draft_vocab_size), vocab_size)
+    path = Path(config.token_freq_path)
+    if torch.get_default_device().type == "meta" and not path.exists():  # a plan asks for sizes, perhaps before tokens are counted
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+    else:
+        counts = read_counts(path, vocab_size)
+    return maps_of(most_frequent(counts, config.draft_vocab_size), vocab_size)
 
 
 def check_vocabulary_given(config, given: Collection[str], d2t: Tensor | None, vocab_size: int) -> None:

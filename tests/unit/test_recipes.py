@@ -118,11 +118,11 @@ def test_its_batch_divides_among_the_processes_of_its_command(name):
     assert config.training.global_batch_size % (processes * config.training.micro_batch_size) == 0
 
 
-@pytest.mark.parametrize("name", [*LARGE, "llama3.1_8b_fms"])
+@pytest.mark.parametrize("name", [*LARGE, "llama3.1_8b_fms", "llama3.1_8b_eagle3"])
 def test_its_plan_fits_the_hardware_that_it_names(name, capsys):
     assert train.main(["--job.config_file", str(FOLDER / f"{name}.toml"), "--job.plan"]) == 0
     plan, config = capsys.readouterr().out, resolved(name)
-    gpus = NODES[name] * 8 if name in NODES else PROCESSES[name]
+    gpus = NODES[name] * 8 if name in NODES else PROCESSES.get(name, 8)
     assert config.plan.world_size == gpus and plan.startswith(f"{gpus} GPUs, ")
     assert ("stage 2, " in plan) == (config.stage2.start_step >= 0) and ("evaluation, " in plan) == config.eval.at_end
     if name in NODES:
