@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from spectitan.errors import UserError
 
@@ -75,6 +77,14 @@ def open_tensors(file: Path) -> Iterator[safe_open]:
             yield tensors
     except SafetensorError as error:
         raise UserError(f"{file}: not a valid safetensors file: {error}") from None
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Raises OSError if the disk is full."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def read_header(file: Path) -> dict[str, tuple[int, ...]]:

@@ -12,18 +12,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectitan import heartbeat, hub
 from spectitan.errors import UserError
-from spectitan.files import replace_folder
+from spectitan.files import naming, replace_folder
 from spectitan.models.decoder import Decoder, DecoderConfig
 from spectitan.models.families import build_on_meta
 from spectitan.models.hf_config import config_to_json, read_config
 from spectitan.models.hf_layout import HFLayout
 from spectitan.models.layers import own_part
-from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors, weight_files
+from spectitan.models.safetensors_files import INDEX, SINGLE, locate_tensors, open_tensors, weight_files, write_tensors
 from spectitan.models.transformers_config import HFConfig
 
 _HEAD = "lm_head.weight"
@@ -106,19 +105,20 @@ def save_hf(
     writes = not dist.is_initialized() or dist.get_rank() == 0
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if writes:
-            temporary.mkdir(parents=True)
-        _write_tensors(model, temporary if writes else None, dtype, max_shard_bytes)
-        if writes:
-            content = config_to_json(model.config, str(dtype).removeprefix("torch."))
-            (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            for file in temporary.glob("*.safetensors"):
-                shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
-            if tokenizer_files_from is not None:
-                source = resolve_base_path(tokenizer_files_from)
-                for file in {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}:
-                    shutil.copyfile(file, temporary / file.name)
-            replace_folder(temporary, path, stale=("model*.safetensors", INDEX))
+        with naming(path):
+            if writes:
+                temporary.mkdir(parents=True)
+            _write_tensors(model, temporary if writes else None, dtype, max_shard_bytes)
+            if writes:
+                content = config_to_json(model.config, str(dtype).removeprefix("torch."))
+                (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                for file in temporary.glob("*.safetensors"):
+                    shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
+                if tokenizer_files_from is not None:
+                    source = resolve_base_path(tokenizer_files_from)
+                    for file in {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}:
+                        shutil.copyfile(file, temporary / file.name)
+                replace_folder(temporary, path, stale=("model*.safetensors", INDEX))
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -195,7 +195,7 @@ def _write_tensors(model: Decoder, folder: Path | None, dtype: torch.dtype, max_
         assert list(tensors) == shard
         heartbeat.beat()
         if folder is not None:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            write_tensors(tensors, folder / file)
     if folder is not None and len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}

@@ -14,8 +14,15 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def write_pickled(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a dictionary of tensors; one that has several names is stored once. The same tensors give the same bytes."""
-    torch.save(tensors, file)
+    """Writes a dictionary of tensors; one that has several names is stored once. The same tensors give the same bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        torch.save(tensors, file)
+    except RuntimeError as error:  # which says nothing of the disk
+        raise OSError(f"{PICKLE} cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:

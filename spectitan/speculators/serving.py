@@ -12,17 +12,16 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
-from spectitan.files import replace_folder
+from spectitan.files import naming, replace_folder
 from spectitan.hub import name_of_snapshot
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import hf_class
 from spectitan.models.readout import Readout
-from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors
+from spectitan.models.safetensors_files import INDEX, SINGLE, check_tensors, list_tensors, open_tensors, write_tensors
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.pickled_tensors import PICKLE, read_pickled, write_pickled
 from spectitan.speculators.registry import SPECULATORS, type_of
@@ -117,6 +116,7 @@ def write_folder(
 
     Raises:
         UserError: the format cannot hold this speculator.
+        OSError: the disk is full; what was at `path` is unchanged.
     """
     config, tensors = speculator.serving(format)
     name, architecture = name_of_base(base_path, base_name), hf_class(base_path)
@@ -131,15 +131,16 @@ def write_folder(
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _write_tensors(tensors, temporary, pickled=format == "verl")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in temporary.glob("*.safetensors"):
-            shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
-        parameters = sum(parameter.numel() for parameter in speculator.parameters())
-        readme = folder_readme(type_of(speculator), format, name, speculator.steps, parameters)
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
-        replace_folder(temporary, path, stale=(SINGLE, INDEX, PICKLE))
+        with naming(path):
+            temporary.mkdir(parents=True)
+            _write_tensors(tensors, temporary, pickled=format == "verl")
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for file in temporary.glob("*.safetensors"):
+                shutil.copymode(temporary / "config.json", file)  # safetensors lets only the owner read
+            parameters = sum(parameter.numel() for parameter in speculator.parameters())
+            readme = folder_readme(type_of(speculator), format, name, speculator.steps, parameters)
+            (temporary / "README.md").write_text(readme, encoding="utf-8")
+            replace_folder(temporary, path, stale=(SINGLE, INDEX, PICKLE))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -155,7 +156,7 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, pickled: bool) -> N
         if id(tensor) in written:
             named[name] = tensor.clone()
         written.add(id(tensor))
-    save_file(named, folder / SINGLE, metadata={"format": "pt"})
+    write_tensors(named, folder / SINGLE)
 
 
 def _on_disk(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 
 from spectitan.data.packing import PackedDataset
 from spectitan.errors import UserError
-from spectitan.files import read_json
+from spectitan.files import naming, read_json
 from spectitan.states.cache_files import SHARD_BYTES, DamagedCache, Shard, ShardWriter
 from spectitan.states.precision import DTYPES, Stored, bytes_per_token, copy_bytes, first_bad, to_bytes
 
@@ -269,12 +269,14 @@ def _write_first(folder: Path, meta: dict) -> None:
     """Writes meta.json, unless another process has done so meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{_META}.{secrets.token_hex(8)}.tmp"
-    temporary.write_text(json.dumps(meta, indent=1) + "\n")
     try:
-        os.link(temporary, folder / _META)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links: of two processes the last one wins, mostly with the same
-        temporary.replace(folder / _META)
+        with naming(folder / _META):
+            temporary.write_text(json.dumps(meta, indent=1) + "\n")
+        try:
+            os.link(temporary, folder / _META)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links: of two processes the last one wins, mostly with the same
+            temporary.replace(folder / _META)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from spectitan.data.progress import Progress
 from spectitan.errors import UserError
-from spectitan.files import sync, write_whole
+from spectitan.files import naming, sync, write_whole
 from spectitan.states.continued import ContinuedStates
 from spectitan.types import TokenBatch
 
@@ -44,7 +44,7 @@ def write_generated(
     if path.exists():
         logger.info("%s is there already, and whole", path)
         return
-    with partial.open("a+b") as file:
+    with naming(partial), partial.open("a+b") as file:
         _lock(file, path)
         write_whole(description, json.dumps(settings, indent=2) + "\n")
         _write_lines(file, path, samples, batches, make_source())

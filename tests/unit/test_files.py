@@ -1,9 +1,35 @@
+import contextlib
+import errno
 import itertools
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from spectitan.files import replace_folder, sync, write_whole
+from spectitan.files import naming, replace_folder, sync, write_whole
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: writes fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_with_the_name_of_what_is_written(tmp_path):
+    with (tmp_path / "part").open("wb", buffering=0) as file, pytest.raises(OSError) as caught, naming(tmp_path / "whole"):
+        with full_disk(10):
+            file.write(b"x" * 10)
+            file.write(b"x")
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "whole"))
+    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "whole"):
+        (tmp_path / "other").open()
+    assert caught.value.filename == str(tmp_path / "other")
 
 
 def test_a_file_is_replaced_whole(tmp_path):

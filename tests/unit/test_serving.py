@@ -14,6 +14,7 @@ from spectitan.errors import UserError
 from spectitan.speculators.mlp import MlpSpeculator
 from spectitan.speculators.serving import choose_format, load_speculator, name_of_base, write_folder
 from spectitan.types import BaseStates
+from tests.unit.test_files import full_disk
 from tests.unit.test_recurrent import FIXTURES, HIDDEN, VOCAB, WIDTH, greedy, make_speculator
 
 BASE = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
@@ -121,14 +122,13 @@ def test_writing_twice_gives_the_same_bytes_and_leaves_other_files(folder, tmp_p
     assert [path.name for path in folder.parent.iterdir()] == ["draft"]  # nothing temporary stays
 
 
-def test_a_failed_write_leaves_the_old_folder(folder, base_path, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("format", ["mlp_speculator", "arctic", "verl"])
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_full_disk_leaves_the_old_folder_and_is_told_with_its_name(folder, base_path, format, room):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    monkeypatch.setattr("spectitan.speculators.serving.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_folder(make_speculator(3, True, True, seed=1), folder, "mlp_speculator", base_path)
+    with full_disk(room), pytest.raises(OSError) as caught:
+        write_folder(make_speculator(3, True, True, seed=1), folder, format, base_path)
+    assert caught.value.filename == str(folder) and ("disk full" if format == "verl" else "File too large") in caught.value.strerror
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["draft"]
 

@@ -18,6 +18,7 @@ from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.registry import fill_model, get_model, register_model
 from spectitan.models.weights import fingerprint, load_hf, resolve_base_path, save_hf
 from tests.unit.model_fixtures import FAMILIES, oracle, random_tokens, relative_error, save_oracle
+from tests.unit.test_files import full_disk
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +113,13 @@ def test_an_existing_folder_keeps_other_files_and_loses_old_weights(stored, tmp_
     assert fingerprint(target) == fingerprint(stored)
 
 
-def test_a_failed_write_leaves_nothing_and_touches_nothing(folder, tmp_path, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+def test_a_full_disk_leaves_nothing_and_touches_nothing(folder, tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     model = load(folder)
-    monkeypatch.setattr(weights, "save_file", full_disk)
     for target in (folder, tmp_path / "new"):
-        with pytest.raises(OSError):
+        with full_disk(1000), pytest.raises(OSError, match="File too large") as caught:
             save_hf(model, target, torch.bfloat16)
+        assert caught.value.filename == str(target)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
 
