@@ -36,6 +36,7 @@ from spectitan.run.state_sources import RunStates
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.trained import open_checkpoint
+from spectitan.training.allocator import trim_heap
 from spectitan.training.intervals import is_due, next_due
 from spectitan.training.optimizer import peak_learning_rates, step_if_finite
 from spectitan.training.process import prepare_process
@@ -94,9 +95,10 @@ class Trainer:
 
     def _train_until(self, last_step: int, stop: StopSignal) -> None:
         saved_at = self.step
+        trim_heap()  # of what building or evaluating has left
         while self.step < last_step:
-            # The first step compiles, and so does the first of the second stage.
-            self.watchdog.step(self.step + 1, timed=self.step not in (self.first_step, self.config.stage2.start_step))
+            compiles = self.step in (self.first_step, self.config.stage2.start_step)
+            self.watchdog.step(self.step + 1, timed=not compiles)
             waited = time.perf_counter()
             samples = [next(self.data.loader) for _ in range(self.accumulation)]
             self.reporter.seconds_waiting += time.perf_counter() - waited
@@ -111,6 +113,8 @@ class Trainer:
             self.step += 1
             self.watchdog.phase("reporting")
             self.metrics.advance(self.step)
+            if compiles:
+                trim_heap()
             if not agreed.writing:
                 self._finish_save()
             if self.step % self.config.metrics.report_interval == 0 or self.step == self.total_steps:
