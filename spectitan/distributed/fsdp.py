@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +123,13 @@ def shard_frozen(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMes
     _shard(module, blocks, mesh, compute_dtype, reshard_after_forward=True)
 
 
-def hold_trained(module: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """A module trained on one process, whose own forward uses all its parameters: masters, cast as they are used."""
+def hold_trained(module: nn.Module, device: torch.device, compute_dtype: torch.dtype, heads: Collection[str] = ()) -> None:
+    """A module trained on one process, whose own forward uses all its parameters: masters, cast as they are used; by the fused loss
+    those of the submodules named `heads`."""
     cast_parameters(module, master_dtype(compute_dtype))
     module.to(device)
     if compute_dtype != master_dtype(compute_dtype):
-        cast_on_use(module, compute_dtype)
+        cast_on_use(module, compute_dtype, heads)
 
 
 def hold_frozen(module: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
@@ -185,7 +186,7 @@ def apply_fsdp(
     if any(True for _ in speculator.parameters()):
         speculator_mesh = speculator_mesh or mesh
         if speculator_mesh.size() == 1:
-            hold_trained(speculator, device, compute_dtype)
+            hold_trained(speculator, device, compute_dtype, speculator.head_modules)
         else:
             shard_trained(speculator, (), speculator_mesh, compute_dtype)
         logger.info("speculator: %s masters, %s, computed in %s", master_dtype(compute_dtype), _extent(speculator_mesh), compute_dtype)

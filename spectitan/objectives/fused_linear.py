@@ -42,8 +42,9 @@ def fused_linear_loss(
 
     Args:
         hidden: [N, w], in the compute dtype. N = 0 gives a total and gradients of 0.
-        weight: [V, w], of the same dtype. Frozen, it costs no work on its gradient; under no_grad there is none at all. It, and a
-            teacher's, may be divided over the ranks of a mesh (tensor parallelism), which then call this together, each with its own rows.
+        weight: [V, w], of the same dtype, or a wider master: it is cast here, and its gradient, summed in float32, is not rounded.
+            Frozen, it costs no work on its gradient; under no_grad there is none at all. It, and a teacher's, may be divided over the
+            ranks of a mesh (tensor parallelism), which then call this together, each with its own rows.
         row_weights: [N], constants. A row of weight 0 has statistics, and exactly no gradient.
         loss: as `objective.loss`: a name in objectives/losses.py, or weights of several.
         targets: int64 [N], of ce. A row whose target is -1 has none, and no ce.
@@ -55,8 +56,10 @@ def fused_linear_loss(
         row_stats: [N, 3], of the same dtype, constants: loss in nats; correct, 1 if no logit is above that of argmax p, the
             first of equals (without a teacher: the target), so that a tie counts as right; alpha, sum min(p, q) (without a teacher:
             q(target)), the expected acceptance of a token drawn from q (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
+
+    The backward hands the gradients on, which may be as large as the head, and cannot be run twice.
     """
-    assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
+    assert torch.promote_types(hidden.dtype, weight.dtype) == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
     wanted = torch.is_grad_enabled()  # asked here, because inside the Function needs_input_grad stays True under no_grad
     weights, teacher = loss_weights(loss), teacher if needs_teacher(loss) else None
     assert needs_teacher(loss) == (teacher is not None), f"{loss} without a teacher"
@@ -68,10 +71,10 @@ def fused_linear_loss(
         return total, torch.cat([times * row_stats[:, :1], row_stats[:, 1:]], 1)
     wanted = wanted and hidden.requires_grad, wanted and weight.requires_grad
     if chunk_rows == -1:
-        chunk_rows = _automatic_chunk_rows(weight)
+        chunk_rows = _automatic_chunk_rows(weight, hidden.dtype)
     is_divided = isinstance(weight, DTensor) or (teacher is not None and isinstance(teacher.weight, DTensor))
     if is_divided and loss in VOCAB_PARALLEL:
-        return vocab_parallel_loss(hidden, weight, row_weights, targets, teacher, chunk_rows, *wanted)
+        return vocab_parallel_loss(hidden, weight.to(hidden.dtype), row_weights, targets, teacher, chunk_rows, *wanted)
     weight, teacher = _whole(weight), teacher and teacher._replace(weight=_whole(teacher.weight))
     return _FusedLinearLoss.apply(hidden, weight, row_weights, weights, targets, teacher, chunk_rows, *wanted)
 
@@ -81,18 +84,18 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
-def _automatic_chunk_rows(weight: Tensor) -> int:
+def _automatic_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
     """Each chunk reads and writes the head's whole gradient, so that many rows are needed before arithmetic outweighs that."""
     # CPU: measured by benchmarks/fused_loss.py. GPU: arithmetic per byte of memory is some ten times as much; not measured.
     most_rows, most_bytes = (512, 32 << 20) if weight.device.type == "cpu" else (4096, 1 << 30)
-    return max(8, min(most_rows, most_bytes // (len(weight) * weight.element_size()) // 8 * 8))
+    return max(8, min(most_rows, most_bytes // (len(weight) * dtype.itemsize) // 8 * 8))
 
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, row_weights, weights, targets, teacher, chunk_rows, hidden_grad, weight_grad):
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        row_weights = row_weights.to(dtype)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        row_weights, master_dtype, weight = row_weights.to(dtype), weight.dtype, weight.to(hidden.dtype)
         row_stats = torch.empty(len(hidden), 3, dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if hidden_grad else None
         d_weight = _WideSum(weight, dtype) if weight_grad else None
@@ -106,15 +109,16 @@ class _FusedLinearLoss(torch.autograd.Function):
                 torch.mm(d_logits, weight, out=d_hidden[rows]).mul_(scale)
             if weight_grad:
                 d_weight.add_product(d_logits.T, (hidden[rows] * scale).to(weight.dtype))
-        del chunks, d_logits  # before the next large tensor is made
-        ctx.save_for_backward(d_hidden, d_weight.total.to(weight.dtype) if weight_grad else None)
+        ctx.gradients = d_hidden, d_weight.total.to(master_dtype) if weight_grad else None
         ctx.mark_non_differentiable(row_stats)
         return row_stats[:, 0] @ row_weights, row_stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, _):
-        return *(None if gradient is None else gradient * d_total for gradient in ctx.saved_tensors), *[None] * 7
+        assert ctx.gradients is not None, "a second backward: the first has handed the gradients on"
+        gradients, ctx.gradients = ctx.gradients, None  # held here too, autograd would copy them
+        return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), *[None] * 7
 
 
 class _Chunks:

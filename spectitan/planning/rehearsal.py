@@ -164,7 +164,7 @@ class _Rehearsal:
             self.ledger.ignore([*speculator.parameters(), *speculator.buffers()])
             roots.append(ShardedRoot(speculator, (), None, self._layout("speculator"), self.ledger, reshard=False))
         else:
-            hold_trained(speculator, _META, self.dtype)
+            hold_trained(speculator, _META, self.dtype, speculator.head_modules)
             self.ledger.ignore([*speculator.parameters(), *speculator.buffers()])
             self._name_gradients(speculator)
         return roots

@@ -177,7 +177,9 @@ class Eagle3Speculator(Speculator):
             )
             row_stats[:, 1] *= inside
             if self.reduced and not torch.is_grad_enabled():  # validation: against all of the base's vocabulary
-                row_stats[:, 2] = expected_acceptance(hidden, head, final, whole(readout.head.weight), targets.teacher, self.draft_ids)
+                row_stats[:, 2] = expected_acceptance(
+                    hidden, head.to(hidden.dtype), final, whole(readout.head.weight), targets.teacher, self.draft_ids
+                )
             return total, row_stats
 
         total, row_stats = readout.call(loss_of_head, hidden, self.row_weights(targets, denominators))
@@ -236,7 +238,7 @@ class Eagle3Speculator(Speculator):
         """int64 [R]: the token that each output [1, R, hidden] would draft."""
 
         def choose(readout: Readout, hidden: Tensor) -> Tensor:
-            return argmax_tokens(hidden, self._head(readout))
+            return argmax_tokens(hidden, self._head(readout).to(hidden.dtype))
 
         ids = readout.call(choose, self.norm(output[0]))
         return self.draft_ids[ids] if self.reduced else ids

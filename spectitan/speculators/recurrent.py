@@ -187,8 +187,8 @@ class RecurrentSpeculator(Speculator):
         text, final = batch.tokens.flatten(), states.final.flatten(0, 1)
         # Step i takes in token t + 1 + i. Past the end of the batch any token does: no pair there is supervised.
         ahead = torch.arange(1, self.steps + 1, device=rows.device)[:, None]
-        outputs = self.unroll(final.index_select(0, rows), text[(rows + ahead).clamp_max(len(text) - 1)])
-        hidden = outputs.flatten(0, 1).index_select(0, targets.step * len(rows) + place)
+        hidden = self.unroll(final.index_select(0, rows), text[(rows + ahead).clamp_max(len(text) - 1)]).flatten(0, 1)
+        hidden = hidden.index_select(0, targets.step * len(rows) + place)
         row_weights = self.row_weights(targets, denominators)
         target_tokens = text[targets.teacher + 1]
 
