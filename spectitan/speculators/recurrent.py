@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spectitan.config.loss_mixture import needs_teacher
 from spectitan.config.sections import Objective, key
@@ -58,12 +59,18 @@ class ShiftedRMSNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(groups * width)), nn.Parameter(torch.zeros(groups * width))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._norm(x, self.weight, self.bias)
+        # Autograd would keep what is in between, some of it in float32: more than all else that a row leaves behind.
+        return checkpoint(self._norm, x, self.weight, self.bias, use_reentrant=False, preserve_rng_state=False)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.groups == 1:
-            normed = F.rms_norm(x, self.weight.shape, eps=NORM_EPS)
+            normed = F.rms_norm(x, weight.shape, eps=NORM_EPS)
         else:
             parts = x.unflatten(-1, (self.groups, -1))
             normed = F.rms_norm(parts, parts.shape[-1:], eps=NORM_EPS).flatten(-2)
-        return torch.addcmul(self.bias, normed, self.weight)
+        return torch.addcmul(bias, normed, weight)
 
 
 class GroupedLinear(nn.Linear):
