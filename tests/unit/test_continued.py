@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -206,13 +205,6 @@ def test_no_tensor_over_the_vocabulary_but_one_row_of_logits_a_prompt(base):
 
 
 # ---- a sharded base ----
-
-
-@pytest.fixture(scope="module")
-def one_rank_mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def test_a_sharded_base_is_gathered_once_and_kept_until_the_last_states(base, one_rank_mesh):

@@ -19,7 +19,6 @@ from spectitan.speculators.registry import SPECULATORS, build_speculator
 from spectitan.speculators.serving import choose_format, describe_folder, load_speculator, write_folder
 from spectitan.types import BaseStates
 from tests.unit.test_recurrent import FIXTURES, greedy
-from tests.unit.test_serving import BASE_CONFIG
 
 HIDDEN, VOCAB, WIDTH = 11, 29, 7
 BASE = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
@@ -35,14 +34,6 @@ def make(type: str, seed: int = 0, **keys) -> Speculator:
         for parameter in speculator.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(WIDTH))
     return speculator
-
-
-@pytest.fixture
-def base_path(tmp_path) -> Path:
-    folder = tmp_path / "a-base"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(BASE_CONFIG))
-    return folder
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from spectitan.models.gpt_bigcode import EmbedGPTBigCode, GPTBigCodeConfig
 from spectitan.models.hf_config import read_config
 from spectitan.models.hf_layout import HFLayout
 from spectitan.models.registry import get_model
-from tests.unit.model_fixtures import VOCAB, random_tokens, relative_error, save_oracle
+from tests.unit.model_fixtures import VOCAB, assert_packed_equal_alone, backward_of_both, random_tokens, relative_error, save_oracle
 
 CONFIG = GPTBigCodeConfig(VOCAB, 24, num_layers=3, num_heads=6, max_position_embeddings=13, initializer_range=0.3)
 
@@ -24,13 +24,7 @@ def build(dtype: torch.dtype = torch.float64) -> EmbedGPTBigCode:
 
 
 def test_gradients_equal_transformers(tmp_path):
-    theirs = save_oracle("gpt_bigcode", tmp_path).requires_grad_(True)
-    ours = get_model("auto", "auto", tmp_path)
-    tokens = random_tokens(2, 11)
-    direction = torch.randn(2, 11, VOCAB, generator=torch.Generator().manual_seed(1))
-    (ours.readout.logits(ours(tokens).final) * direction).sum().backward()
-    (theirs(tokens).logits * direction).sum().backward()
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    ours, expected = backward_of_both("gpt_bigcode", tmp_path)
     for parameter in ours.parameters():
         parameter.data = parameter.grad
     found = dict(HFLayout(ours).stored_tensors(ours))
@@ -40,14 +34,8 @@ def test_gradients_equal_transformers(tmp_path):
 
 
 def test_packed_documents_do_not_meet_and_begin_at_position_0():
-    model = build()
-    tokens = random_tokens(2, 19)  # longer than the table of positions, whose rows documents share
-    documents = torch.tensor([[0] * 7 + [1] * 12, [2] * 8 + [3] * 10 + [-1]])
-    packed = model(tokens, documents, taps=(2,))
-    for row, start, stop in [(0, 0, 7), (0, 7, 19), (1, 0, 8), (1, 8, 18)]:
-        alone = model(tokens[row : row + 1, start:stop], taps=(2,))
-        assert torch.allclose(packed.final[row, start:stop], alone.final[0], atol=1e-12)
-        assert torch.allclose(packed.taps[0][row, start:stop], alone.taps[0][0], atol=1e-12)
+    """Rows are longer than the table of positions, whose rows documents share."""
+    assert_packed_equal_alone(build(), [[0] * 7 + [1] * 12, [2] * 8 + [3] * 10 + [-1]], [[7, 12], [8, 10]])
 
 
 def test_a_tree_of_candidates_equals_its_chains():

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,20 +20,9 @@ from spectitan.models.registry import choose_config, fill_model, get_model
 from spectitan.models.weights import fingerprint
 from spectitan.speculators.eagle3 import Eagle3Config
 from spectitan.speculators.registry import new_speculator
-from tests.unit.model_fixtures import VOCAB, random_tokens, relative_error, save_oracle
+from tests.unit.model_fixtures import SMALL, VOCAB, assert_cached_ragged_rows_equal, random_tokens, relative_error, save_oracle
 
 TOLERANCE = 1e-5
-_SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 5,
-    "pad_token_id": None,
-}
 _GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 _EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 8}
 # Parallel blocks; capped scores and logits, windows in every other layer; learned positions; norms behind; one window for all; experts.
@@ -51,7 +39,7 @@ FAMILIES = {
 
 def oracle(family: str) -> nn.Module:
     config_class, options, _ = FAMILIES[family]
-    config = config_class(**{**_SMALL, **options})
+    config = config_class(**(SMALL | {"pad_token_id": None} | options))
     eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -99,16 +87,7 @@ def test_packed_documents_equal_each_alone_in_transformers(pair):
 
 def test_cached_ragged_rows_and_trees_equal_each_row_in_transformers(pair):
     ours, theirs, _ = pair
-    text = random_tokens(3, 23)
-    cache = ours.new_cache(3, 30)
-    for block, counts in [(9, [9, 4, 1]), (4, [1, 4, 2]), (1, [1, 1, 1]), (4, [4, 0, 3]), (1, [1, 1, 0])]:
-        tokens = torch.stack([row[length : length + block] for row, length in zip(text, cache.lengths)])
-        logits = ours.readout.logits(ours(tokens, cache=cache).final)
-        for row, (length, count) in enumerate(zip(cache.lengths.tolist(), counts)):
-            expected = theirs(text[row : row + 1, : length + block]).logits[0, length:]
-            assert relative_error(logits[row, :count], expected[:count]) < TOLERANCE if count else True
-        cache.commit(torch.tensor(counts))
-
+    cache, text = assert_cached_ragged_rows_equal(ours, theirs, TOLERANCE)
     nodes = random_tokens(3, 3, seed=1)  # a root and its two children
     mask = torch.zeros(3, 3, 30, dtype=torch.bool)
     sees = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
@@ -131,13 +110,6 @@ def test_flops_count_the_experts_that_a_token_meets(pair):
             per_token += parameter.numel() // (2 if ".experts." in name else 1)  # 2 of 4 are chosen
     heads = ours.config.num_heads * ours.config.head_dim
     assert ours.flops(33, 11) == 33 * 2 * per_token + 3 * 2 * 2 * 3 * sum(range(1, 12)) * heads
-
-
-@pytest.fixture
-def one_rank_mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("pair", ["gemma2", "gpt2"], indirect=True)

@@ -4,14 +4,22 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectitan.errors import UserError
 from spectitan.models.llama import EmbedLLaMA, LlamaConfig
 from spectitan.models.registry import get_model
 from spectitan.models.weights import fingerprint, load_hf, save_hf
-from tests.unit.model_fixtures import FAMILIES, VOCAB, random_tokens, relative_error, save_oracle
+from tests.unit.model_fixtures import (
+    FAMILIES,
+    VOCAB,
+    assert_cached_ragged_rows_equal,
+    assert_packed_equal_alone,
+    backward_of_both,
+    random_tokens,
+    relative_error,
+    save_oracle,
+)
 
 TOLERANCE = 1e-5  # the promise is 1e-4
 CONFIG = LlamaConfig(VOCAB, 24, 40, num_layers=3, num_heads=6, num_kv_heads=2)
@@ -44,18 +52,7 @@ def test_logits_equal_transformers(pair):
 
 
 def test_cached_ragged_rows_equal_each_row_in_transformers(pair):
-    """A prompt batch padded on the right, then blocks of which each row keeps another number, then single tokens."""
-    ours, theirs = pair
-    text = random_tokens(3, 23)
-    cache = ours.new_cache(3, 30)
-    for block, counts in [(9, [9, 4, 1]), (4, [1, 4, 2]), (1, [1, 1, 1]), (4, [4, 0, 3]), (1, [1, 1, 0]), (1, [1, 1, 1])]:
-        tokens = torch.stack([row[length : length + block] for row, length in zip(text, cache.lengths)])
-        logits = ours.readout.logits(ours(tokens, cache=cache).final)
-        for row, (length, count) in enumerate(zip(cache.lengths.tolist(), counts)):
-            expected = theirs(text[row : row + 1, : length + block]).logits[0, length:]
-            assert relative_error(logits[row, :count], expected[:count]) < TOLERANCE if count else True
-        cache.commit(torch.tensor(counts))
-    assert cache.lengths.tolist() == [17, 11, 8]
+    assert_cached_ragged_rows_equal(*pair, TOLERANCE)
 
 
 def test_taps_are_the_states_entering_each_layer(pair):
@@ -72,29 +69,17 @@ def test_taps_are_the_states_entering_each_layer(pair):
 
 
 def test_gradients_equal_transformers(tmp_path):
-    theirs = save_oracle("llama3.1", tmp_path).requires_grad_(True)
-    ours = get_model("embedllama", "auto", tmp_path)
-    tokens = random_tokens(2, 11)
-    direction = torch.randn(2, 11, VOCAB, generator=torch.Generator().manual_seed(1))
-    (ours.readout.logits(ours(tokens).final) * direction).sum().backward()
-    (theirs(tokens).logits * direction).sum().backward()
-    expected = dict(theirs.named_parameters())
+    ours, expected = backward_of_both("llama3.1", tmp_path)
     for name, parameter in ours.layers.named_parameters(prefix="model.layers"):
-        assert relative_error(parameter.grad, expected[name].grad) < TOLERANCE, name
-    assert relative_error(ours.readout.embedding.weight.grad, expected["model.embed_tokens.weight"].grad) < TOLERANCE
+        assert relative_error(parameter.grad, expected[name]) < TOLERANCE, name
+    assert relative_error(ours.readout.embedding.weight.grad, expected["model.embed_tokens.weight"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("window", [-1, 4])
 def test_packed_documents_equal_each_alone(window):
     model = build(sliding_window=window)
-    tokens = random_tokens(2, 19)
-    documents = torch.tensor([[0] * 7 + [1] + [2] * 11, [5] * 12 + [-1] * 7])
-    packed = model(tokens, documents, taps=(2,))
-    for row, start, stop in [(0, 0, 7), (0, 7, 8), (0, 8, 19), (1, 0, 12)]:
-        alone = model(tokens[row : row + 1, start:stop], taps=(2,))
-        assert torch.allclose(packed.final[row, start:stop], alone.final[0], atol=1e-12)
-        assert torch.allclose(packed.taps[0][row, start:stop], alone.taps[0][0], atol=1e-12)
-    assert packed.final.isfinite().all()
+    tokens, packed = assert_packed_equal_alone(model, [[0] * 7 + [1] + [2] * 11, [5] * 12 + [-1] * 7], [[7, 1, 11], [12]])
+    assert packed.isfinite().all()
     one_each = model(tokens, torch.tensor([[3] * 19, [4] * 19])).final  # takes the path without a mask
     assert torch.allclose(one_each, model(tokens).final, atol=1e-12)
     padded = torch.tensor([[3] * 13 + [-1] * 6, [4] * 19])  # so does this: padding is seen by nothing
@@ -229,13 +214,6 @@ def test_compiled_layers_stay_whole_when_the_length_changes():
         assert torch.allclose(model(text).final, plain(text).final, atol=1e-12)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-
-
-@pytest.fixture
-def one_rank_mesh():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def test_sharded_by_fsdp_it_trains_and_decodes_the_same(one_rank_mesh):

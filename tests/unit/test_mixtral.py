@@ -14,7 +14,7 @@ from spectitan.models import mixtral
 from spectitan.models.hf_layout import HFLayout
 from spectitan.models.mixtral import EmbedMixtral, MixtralConfig, SparseMLP, grouped_product
 from spectitan.models.registry import get_model
-from tests.unit.model_fixtures import VOCAB, random_tokens, relative_error, save_oracle
+from tests.unit.model_fixtures import VOCAB, assert_packed_equal_alone, backward_of_both, random_tokens, relative_error, save_oracle
 
 CONFIG = MixtralConfig(VOCAB, 24, 40, num_layers=3, num_heads=6, num_kv_heads=2, num_experts=5, initializer_range=0.3)
 
@@ -76,13 +76,7 @@ def test_each_token_gets_its_likeliest_experts(k):
 
 
 def test_gradients_equal_transformers(tmp_path):
-    theirs = save_oracle("mixtral", tmp_path).requires_grad_(True)
-    ours = get_model("auto", "auto", tmp_path)
-    tokens = random_tokens(2, 11)
-    direction = torch.randn(2, 11, VOCAB, generator=torch.Generator().manual_seed(1))
-    (ours.readout.logits(ours(tokens).final) * direction).sum().backward()
-    (theirs(tokens).logits * direction).sum().backward()
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    ours, expected = backward_of_both("mixtral", tmp_path)
     for name, parameter in ours.layers.named_parameters(prefix="model.layers"):
         if ".experts." in name:
             gate_up, down = (expected[f"{name.rpartition('.experts.')[0]}.experts.{part}"] for part in ("gate_up_proj", "down_proj"))
@@ -94,14 +88,7 @@ def test_gradients_equal_transformers(tmp_path):
 
 
 def test_packed_documents_do_not_meet():
-    model = build()
-    tokens = random_tokens(2, 13)
-    documents = torch.tensor([[0] * 5 + [1] * 8, [2] * 12 + [-1]])
-    packed = model(tokens, documents, taps=(2,))
-    for row, start, stop in [(0, 0, 5), (0, 5, 13), (1, 0, 12)]:
-        alone = model(tokens[row : row + 1, start:stop], taps=(2,))
-        assert torch.allclose(packed.final[row, start:stop], alone.final[0], atol=1e-12)
-        assert torch.allclose(packed.taps[0][row, start:stop], alone.taps[0][0], atol=1e-12)
+    assert_packed_equal_alone(build(), [[0] * 5 + [1] * 8, [2] * 12 + [-1]], [[5, 8], [12]])
 
 
 def test_flops_count_the_experts_that_a_token_meets():

@@ -18,28 +18,6 @@ from tests.unit.test_files import full_disk
 from tests.unit.test_recurrent import FIXTURES, HIDDEN, VOCAB, WIDTH, greedy, make_speculator
 
 BASE = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
-# Only what names the base matters here; its sizes do not have to be those of the drafter.
-BASE_CONFIG = {
-    "model_type": "qwen2",
-    "vocab_size": VOCAB,
-    "hidden_size": 20,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-}
-
-
-@pytest.fixture
-def base_path(tmp_path) -> Path:
-    """The folder of a base, as far as an export reads it."""
-    folder = tmp_path / "a-base"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(BASE_CONFIG))
-    return folder
 
 
 @pytest.fixture
@@ -135,7 +113,8 @@ def test_a_full_disk_leaves_the_old_folder_and_is_told_with_its_name(folder, bas
 
 def test_the_bases_name(base_path):
     def stored(name: str) -> str:
-        (base_path / "config.json").write_text(json.dumps(BASE_CONFIG | {"_name_or_path": name}))
+        content = json.loads((base_path / "config.json").read_text())
+        (base_path / "config.json").write_text(json.dumps(content | {"_name_or_path": name}))
         return name_of_base(base_path)
 
     assert stored("org/model-7b") == "org/model-7b"
