@@ -1,6 +1,7 @@
 """Settings of every test: small tensors on one thread, nothing from the network, no cache outside temporary folders."""
 
 import os
+from pathlib import Path
 
 # Before torch and transformers are imported; processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,15 @@ def cache_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SPECTITAN_CACHE"] = str(folder)
     return folder
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Processes that run the tests, of `-n auto`: one for each processor, four at the most; tests that are named run in this one."""
+    tests = Path(__file__).parent
+    if any(Path(argument.partition("::")[0]).resolve().is_relative_to(tests) for argument in config.invocation_params.args):
+        return 0
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(processors, 4) if processors > 1 else 0
 
 
 def pytest_collection_modifyitems(config, items):
