@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import weakref
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from spectitan import train
 from spectitan.states.continued import ContinuedStates
-from tests.integration import processes
 
 
 class Measured(TorchDispatchMode):
@@ -95,12 +93,7 @@ def measure(flags: list[str]) -> dict:
     return {"peak": measured.peak, "flops": measured.flops, "sent": measured.sent}
 
 
-def worker(rank: int, world_size: int, port: int, output: str, runs: dict[str, list[str]]) -> None:
+def worker(rank: int, output: str, runs: dict[str, list[str]]) -> None:
     """Makes the runs, and writes what they took to output.RANK.json."""
-    processes.redirect(f"{output}.{rank}")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
     results = {name: measure(flags) for name, flags in runs.items()}
     Path(f"{output}.{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()

@@ -20,11 +20,10 @@ KILLED = [
 if __name__ == "__main__":
     folder, *flags = sys.argv[1:]
     start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
-    Path(folder, f"{start}.{rank}.pid").write_text(str(os.getpid()))
     if start < len(KILLED):
         processes.kill_at(**KILLED[start], number=signal.SIGKILL)
     else:
-        processes.slow_steps(0.6)
+        processes.hold_at(2, Path(folder))
     status = train.main(flags)
     Path(folder, f"{start}.{rank}.status").write_text(str(status))
     sys.exit(status)

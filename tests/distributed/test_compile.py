@@ -1,16 +1,13 @@
 """Compiled runs through the trainer, on one process and under tensor parallelism: equal to eager ones, compiled once, the same checkpoints."""
 
 import json
-import os
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.backends.debugging import aot_eager
 
-from benchmarks.loading import free_port
 from spectitan import train
 from spectitan.run import model
 from spectitan.training.checkpoint_reading import read_tensors
@@ -22,23 +19,23 @@ from tests.integration import processes, tiny
 STEPS = 5
 RUN = {"training__num_steps": STEPS, "checkpoint__interval": STEPS, "metrics__report_interval": 1, "training__micro_batch_size": 1}
 RUN |= {"training__compute_dtype": "bfloat16", "eval__at_end": "false", "export__format": "none", "objective__loss": "kl_div"}
-KINDS = {"joint": JOINT, "lstm": {"speculator__type": "lstm"}, "eagle3": {"speculator__type": "eagle3"}, "mixtral": JOINT}
+KINDS = {
+    "joint": JOINT,
+    "lstm": {"speculator__type": "lstm"},
+    "eagle3": {"speculator__type": "eagle3", "speculator__ttt_steps": 2},
+    "mixtral": JOINT,
+}
 TP = {"parallelism__sharding_strategy": "tp", "parallelism__tp_size": 2, "training__compute_dtype": "float64"}
 LAYOUTS = {"alone": (1, {}, ("joint", "lstm", "eagle3"), 2e-2), "tp_2": (2, TP, ("joint", "mixtral"), 1e-9)}  # the last: relative tolerance
 
 
-def worker(rank: int, world_size: int, port: int, output: str, runs: dict[str, list[list[str]]]) -> None:
+def worker(rank: int, output: str, runs: dict[str, list[list[str]]]) -> None:
     """Makes each run eagerly and compiled; in output.RANK.json, after how many steps each graph was made."""
-    processes.redirect(f"{output}.{rank}")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
     found = {}
     for kind, (eager, compiled) in runs.items():
         assert train.main(eager) == 0
         found[kind] = graphs_of(compiled)
     Path(f"{output}.{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def graphs_of(flags: list[str]) -> list[int]:
@@ -80,8 +77,7 @@ def test_compiled_runs_equal_eager_ones_and_are_compiled_in_two_steps(world, lay
     for kind in kinds:
         base = {"base__path": world.root / f"base_{kind}"} if kind in BASES else {}
         runs[kind] = [world.flags(folder, **RUN | KINDS[kind] | base | keys) for folder in folders[kind]]
-    codes = processes.join(processes.call_in_each(world_size, worker, world_size, free_port(), str(output), runs))
-    assert codes == [0] * world_size, "".join(Path(f"{output}.{rank}").read_text() for rank in range(world_size))
+    processes.run_group(world_size, output, worker, str(output), runs)
     assert Path(f"{output}.0").read_text().count(f"compiled: {CONFIG.num_layers} blocks of the base") == len(kinds)
     for kind in kinds:
         for rank in range(world_size):

@@ -1,13 +1,10 @@
 """Two gloo processes against one: losses, gradient norms and weights, and checkpoints that move between the two."""
 
 import math
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from spectitan.config.sections import Optimizer
@@ -18,6 +15,7 @@ from spectitan.errors import UserError
 from spectitan.training.checkpoint import Checkpointer, module_tensors
 from spectitan.training.checkpoint_reading import find_checkpoint
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
+from tests.integration import processes
 
 VOCAB, HIDDEN, STEPS, MICRO_BATCHES, ROWS = 13, 7, 4, 2, 6  # nothing divides by two ranks
 BAD_STEP = 2  # its loss is infinite on one rank
@@ -108,9 +106,7 @@ def full(tensors):
     return {name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone() for name, tensor in tensors.items()}
 
 
-def worker(rank, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def worker(rank, folder):
     results = {}
     try:
         init_distributed("none", device="cpu")
@@ -147,13 +143,6 @@ def worker(rank, port, folder):
         results["mistake"] = str(error)
     results["agreed"] = utils.any_rank(rank == 1), utils.any_rank(False), utils.broadcast(rank + 5), utils.gather(rank)
     torch.save(results, Path(folder) / f"rank_{rank}.pt")
-    world.close()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +151,7 @@ def one_and_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seam")
     one = {(dtype, freeze): train(*build(dtype), freeze, dtype, range(STEPS)) for dtype, freeze in CASES}
     Checkpointer(folder / "from_one").save(STEPS, one[torch.float32, False][2], {"position": 3})
-    multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2)
+    processes.run_group(2, folder / "output", worker, str(folder))
     return one, [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)], folder
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.loading import free_port
 from spectitan.config.manager import load
 from spectitan.models.families import build_on_meta
 from spectitan.models.gpt_bigcode import GPTBigCodeConfig
@@ -119,8 +118,7 @@ def steps(world) -> dict[tuple[int, str], list[dict]]:
     found = {(1, name): [measured_steps.measure(flags(world, name, changes))] for name, changes in ALONE.items()}
     for ranks, runs in TOGETHER.items():
         output, commands = world.root / f"output_{ranks}", {name: flags(world, name, changes) for name, changes in runs.items()}
-        started = processes.call_in_each(ranks, measured_steps.worker, ranks, free_port(), str(output), commands)
-        assert processes.join(started) == [0] * ranks, "".join(Path(f"{output}.{rank}").read_text() for rank in range(ranks))
+        processes.run_group(ranks, output, measured_steps.worker, str(output), commands)
         of_ranks = [json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(ranks)]
         found |= {(ranks, name): [of_rank[name] for of_rank in of_ranks] for name in runs}
     return found

@@ -27,14 +27,8 @@ def world(tmp_path_factory) -> tiny.Tiny:
 @pytest.fixture(scope="module")
 def whole(world) -> Path:
     """The folder of a run of two processes that nothing disturbed."""
-    train(world.flags(world.root / "whole", **RUN), world.root / "whole_output")
+    processes.train_in_ranks(2, world.flags(world.root / "whole", **RUN), world.root / "whole_output")
     return world.root / "whole"
-
-
-def train(flags: list[str], output: Path) -> None:
-    assert processes.join(processes.start_ranks(2, flags, output)) == [0, 0], "".join(
-        Path(f"{output}{rank}").read_text() for rank in range(2)
-    )
 
 
 def assert_as_undisturbed(run: Path, whole: Path) -> None:
@@ -50,35 +44,43 @@ def test_torchrun_starts_anew_what_was_killed_and_ends_what_is_told_to(world, wh
     with open(tmp_path / "output", "w") as output:
         job = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=output, stderr=output)
     last = len(KILLED)
-    while not (tmp_path / f"{last}.0.pid").exists() or not 10 <= tiny.reports(run)[-1]["step"] < 12:
-        assert job.poll() is None, (tmp_path / "output").read_text()
-        time.sleep(0.02)
+
+    def wait_for(file: str) -> None:
+        while not all((tmp_path / f"{file}{rank}").exists() for rank in range(2)):
+            assert job.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.02)
+
+    wait_for("held")
     before = set((run / "checkpoints").glob("step-*"))
     job.send_signal(signal.SIGTERM)
     told = time.monotonic()
-    job.wait(60)
+    wait_for("told")
+    (tmp_path / "go").touch()
+    job.wait()
     statuses = {path.name: path.read_text() for path in tmp_path.glob("*.status")}
     assert statuses == {f"{last}.{rank}.status": "0" for rank in range(2)}, (tmp_path / "output").read_text()
     assert time.monotonic() - told < 25
     assert len(set((run / "checkpoints").glob("step-*")) - before) == 1
-    train(flags, tmp_path / "output")
+    processes.train_in_ranks(2, flags, tmp_path / "output")
     assert_as_undisturbed(run, whole)
 
 
 @pytest.mark.parametrize("told", [[0, 1], [1]])
 def test_workers_that_are_told_to_stop_save_once_and_end_well(world, whole, tmp_path, told):
     run, flags = tmp_path / "run", world.flags(tmp_path / "run", **RUN | {"checkpoint__interval": 100})
-    started = processes.start_ranks(2, flags, tmp_path / "output", before=partial(processes.slow_steps, 0.3))
-    processes.wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 2, started[0])
+    started = processes.start_ranks(2, flags, tmp_path / "output", before=partial(processes.hold_at, 2, tmp_path))
+    for rank in range(2):
+        processes.wait_for((tmp_path / f"held{rank}").exists, started[rank])
     for rank in told:
         os.kill(started[rank].pid, signal.SIGTERM)
+    (tmp_path / "go").touch()
     start = time.monotonic()
     assert processes.join(started) == [0, 0]
     assert time.monotonic() - start < 25
     assert (tmp_path / "output0").read_text().splitlines()[-1] == "spectitan.train: stopped by SIGTERM"
     assert "Traceback" not in (tmp_path / "output1").read_text()
-    assert len(list((run / "checkpoints").iterdir())) == 1
-    train(world.flags(run, **RUN), tmp_path / "output")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    processes.train_in_ranks(2, world.flags(run, **RUN), tmp_path / "output")
     assert_as_undisturbed(run, whole)
 
 

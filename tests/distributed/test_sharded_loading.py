@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", loading.STRATEGIES)
 def test_a_rank_reads_no_more_than_it_keeps(folder, strategy):
-    started = processes.call_in_each(4, loading.measure, 4, loading.free_port(), str(folder), strategy)
+    started = processes.call_in_each(4, loading.measure, 4, processes.free_port(), str(folder), strategy)
     assert processes.join(started) == [0] * 4
     whole = (folder / "base" / "model.safetensors").stat().st_size
     for rank in range(4):

@@ -1,15 +1,9 @@
 """Hidden states cached by several processes at once, for a base that they share: fully sharded, and split by tensor parallelism."""
 
-import importlib
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from benchmarks.loading import free_port
 from spectitan import train
 from tests.integration import processes, tiny
 from tests.integration.test_states import assert_same, counts, losses, online
@@ -22,14 +16,9 @@ EPOCHS = RUN | {"training__num_steps": -1, "training__epochs": 2, "data__holdout
 LAYOUTS = {"fsdp": {"sharding_strategy": "fsdp"}, "tp": {"sharding_strategy": "tp", "tp_size": 2}}
 
 
-def worker(rank: int, port: int, output: str, runs: list[tuple[str, list[str]]]) -> None:
-    processes.redirect(f"{output}.{rank}")
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
+def worker(_rank: int, runs: list[tuple[str, list[str]]]) -> None:
     for program, flags in runs:
-        if importlib.import_module(f"spectitan.{program}").main(flags):
-            sys.exit(1)
-    dist.destroy_process_group()
+        assert tiny.PROGRAMS[program].main(flags) == 0
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +46,7 @@ def test_two_processes_share_a_cache(world, tmp_path, layout):
     ]
     if layout == "fsdp":
         runs.append(("train", flags("offline", RUN | offline)))
-    started = processes.call_in_each(2, worker, free_port(), str(tmp_path / "output"), runs)
-    codes = processes.join(started)
-    assert codes == [0, 0], "".join(Path(f"{tmp_path}/output.{rank}").read_text() for rank in range(2))
+    processes.run_group(2, tmp_path / "output", worker, runs)
 
     assert counts(tmp_path / "hybrid") == {"cached": 0, "generated": SAMPLES, "kept": SAMPLES, "skipped": 0}
     assert counts(tmp_path / "refilled") == {"cached": SAMPLES, "generated": 0, "kept": 0, "skipped": 0}

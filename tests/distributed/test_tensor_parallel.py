@@ -1,8 +1,6 @@
 """A base split over ranks, against the whole one: states, both ends, losses on ragged rows, gradients; and what each rank holds and computes."""
 
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.loading import free_port
 from spectitan.distributed.fsdp import apply_fsdp
 from spectitan.distributed.mesh import init_distributed
 from spectitan.distributed.tensor_parallel import apply_tp, check_tensor_parallel
@@ -91,17 +88,13 @@ def head_of_a_drafter(config: DecoderConfig) -> torch.Tensor:
     return torch.randn(config.vocab_size, config.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    processes.redirect(f"{folder}/output.{rank}")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo")
+def worker(rank: int, folder: str) -> None:
     results = {}
     for layout, keys in LAYOUTS.items():
         world = init_distributed(**keys, device="cpu")
         for name, config in CONFIGS.items():
             results[layout, name] = of_rank(world, rank, config)
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def of_rank(world, rank: int, config: DecoderConfig) -> dict:
@@ -136,8 +129,7 @@ def text(config: DecoderConfig) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("tp")
-    codes = processes.join(processes.call_in_each(RANKS, worker, free_port(), str(folder)))
-    assert codes == [0] * RANKS, "".join(Path(f"{folder}/output.{rank}").read_text() for rank in range(RANKS))
+    processes.run_group(RANKS, folder / "output", worker, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

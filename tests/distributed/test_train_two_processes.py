@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -47,20 +46,6 @@ def whole(world) -> dict[str, Path]:
     return {kind: world.root / kind for kind in KINDS}
 
 
-def start_two(flags: list[str], output: Path, before=None) -> list:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [processes.start("train", flags, Path(f"{output}{rank['RANK']}"), environment=rank, before=before) for rank in ranks]
-
-
-def join(started: list) -> list[int]:
-    for process in started:
-        process.join(120)
-    return [process.exitcode for process in started]
-
-
 def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
     """Every loss of every head, gradient norms, and at the end weights and optimizer state, to 1e-9; the samples exactly."""
     expected = tiny.reports(whole)[steps[0] - 1 :]
@@ -78,8 +63,7 @@ def assert_close(run: Path, whole: Path, steps=range(1, STEPS + 1)) -> None:
 
 @pytest.mark.parametrize("kind", ["kl_div", "stage2", "eagle3", "base", "joint", "muon"])
 def test_two_processes_train_as_one(world, whole, tmp_path, kind):
-    started = start_two(world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
-    assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
+    processes.train_in_ranks(2, world.flags(tmp_path / "run", **SHARDED | KINDS[kind]), tmp_path / "output")
     assert_close(tmp_path / "run", whole[kind])
     assert sorted(path.name for path in tiny.checkpoint(tmp_path / "run", STEPS).glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
 
@@ -93,8 +77,7 @@ def test_where_one_rank_or_both_have_nothing_supervised(world, tmp_path, kind):
     changes = {"untied": {"speculator__tie_weights": "false"}, "joint": KINDS["joint"]}[kind]
     run = RUN | changes | {"data__path": tmp_path / "ids.jsonl", "data__holdout": 0.0, "training__global_batch_size": 2}
     assert train.main(world.flags(tmp_path / "one", **run)) == 0
-    started = start_two(world.flags(tmp_path / "two", **run, parallelism__sharding_strategy="fsdp"), tmp_path / "output")
-    assert join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
+    processes.train_in_ranks(2, world.flags(tmp_path / "two", **run, parallelism__sharding_strategy="fsdp"), tmp_path / "output")
     assert_close(tmp_path / "two", tmp_path / "one")
     reports = tiny.reports(tmp_path / "two")
     empty = [report["loss"] == [0.0] * 3 for report in reports]
@@ -114,26 +97,26 @@ def test_under_torchrun(world, whole, tmp_path):
 @pytest.mark.parametrize("kind", ["mlp", "base", "muon"])
 def test_a_stop_of_two_and_the_rest_on_one(world, whole, tmp_path, kind):
     run, flags = tmp_path / "run", SHARDED | KINDS[kind] | {"checkpoint__interval": 100}
-    started = start_two(world.flags(run, **flags), tmp_path / "output", before=partial(processes.slow_steps, 0.3))
-    processes.wait_for(lambda: (run / "metrics.jsonl").exists() and len(tiny.reports(run)) == 1, started[0])
+    started = processes.start_ranks(2, world.flags(run, **flags), tmp_path / "output", partial(processes.hold_at, 2, tmp_path))
+    for rank in range(2):
+        processes.wait_for((tmp_path / f"held{rank}").exists, started[rank])
     os.kill(started[1].pid, signal.SIGTERM)  # one is told, both end
-    assert join(started) == [0, 0]
-    (saved,) = (run / "checkpoints").iterdir()
-    assert 1 <= int(saved.name[-8:]) < STEPS
+    (tmp_path / "go").touch()
+    assert processes.join(started) == [0, 0]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
     assert train.main(world.flags(run, **RUN | KINDS[kind] | {"training__micro_batch_size": 2})) == 0
     assert_close(run, whole[kind])
 
 
 def test_one_process_to_two(world, whole, tmp_path):
     flags = world.flags(tmp_path / "run", **SHARDED, checkpoint__load_path=tiny.checkpoint(whole["mlp"], 3))
-    assert join(start_two(flags, tmp_path / "output")) == [0, 0], (tmp_path / "output0").read_text()
+    processes.train_in_ranks(2, flags, tmp_path / "output")
     assert_close(tmp_path / "run", whole["mlp"], steps=range(4, STEPS + 1))
 
 
 def test_evaluation_and_export_at_the_end_of_two_processes(world, whole, tmp_path):
     changes = {"eval__at_end": "true", "export__format": "auto", "eval__interval": 2}
-    flags = world.flags(tmp_path / "run", **SHARDED | changes)
-    assert join(start_two(flags, tmp_path / "output")) == [0, 0], (tmp_path / "output0").read_text()
+    processes.train_in_ranks(2, world.flags(tmp_path / "run", **SHARDED | changes), tmp_path / "output")
     assert_close(tmp_path / "run", whole["mlp"])
     assert (tmp_path / "run" / "report.json").exists() and (tmp_path / "run" / "export" / "model.safetensors").exists()
     output = (tmp_path / "output0").read_text()
@@ -141,10 +124,11 @@ def test_evaluation_and_export_at_the_end_of_two_processes(world, whole, tmp_pat
 
 
 def test_a_mistake_is_said_once(world, tmp_path):
-    started = start_two(world.flags(tmp_path / "run", **SHARDED, training__global_batch_size=3), tmp_path / "output")
-    started[0].join(60)
+    started = processes.start_ranks(2, world.flags(tmp_path / "run", **SHARDED, training__global_batch_size=3), tmp_path / "output")
+    started[0].join()
     started[1].terminate()  # as torchrun does
-    assert join(started) == [2, -signal.SIGTERM]
+    started[1].join()
+    assert processes.join(started) == [2, -signal.SIGTERM]
     assert (tmp_path / "output0").read_text() == (
         "spectitan.train: training.global_batch_size = 3: allowed are multiples of training.micro_batch_size x processes = 1 x 2\n"
     )

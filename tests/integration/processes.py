@@ -1,14 +1,19 @@
 """Programs in processes of their own, which start at once, and accidents to happen in them."""
 
+import contextlib
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import torch.distributed as dist
 
 # A server that has imported everything forks each process: no thread of the tests is in them, no import is waited for.
 _context = multiprocessing.get_context("forkserver")
@@ -29,11 +34,14 @@ def start(program: str, flags: list[str], output: Path, environment: dict[str, s
 
 def start_ranks(world_size: int, flags: list[str], output: Path, before=None) -> list[multiprocessing.Process]:
     """Starts the trainer in processes of one job, as torchrun would; rank R prints to the end of <output>R."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world_size)}
-    ranks = [address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    return [start("train", flags, Path(f"{output}{rank['RANK']}"), rank, before) for rank in ranks]
+    port = free_port()
+    return [start("train", flags, Path(f"{output}{rank}"), _place(rank, world_size, port), before) for rank in range(world_size)]
+
+
+def train_in_ranks(world_size: int, flags: list[str], output: Path) -> None:
+    """The same, and they all end well."""
+    codes = join(start_ranks(world_size, flags, output))
+    assert codes == [0] * world_size, "".join(Path(f"{output}{rank}").read_text() for rank in range(world_size))
 
 
 def call_in_each(world_size: int, function, *args) -> list[multiprocessing.Process]:
@@ -42,6 +50,42 @@ def call_in_each(world_size: int, function, *args) -> list[multiprocessing.Proce
     for process in started:
         process.start()
     return started
+
+
+def run_group(world_size: int, output: Path, function, *args) -> None:
+    """Calls function(rank, *args) in each of the processes of a gloo group; rank R prints to the end of <output>.R. They all end well."""
+    codes = join(call_in_each(world_size, _in_group, world_size, free_port(), str(output), function, args))
+    assert codes == [0] * world_size, "".join(Path(f"{output}.{rank}").read_text() for rank in range(world_size))
+
+
+def _in_group(rank: int, world_size: int, port: int, output: str, function, args: tuple) -> None:
+    redirect(f"{output}.{rank}")
+    os.environ.update(_place(rank, world_size, port))
+    dist.init_process_group("gloo")
+    function(rank, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _place(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    """A port to listen on, below those that the kernel hands out: so that nobody is given it before it is listened on."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+def run_killed(program: str, flags: list[str], output: Path, *accident, **keys) -> None:
+    """Starts a program that `kill_at`, whose arguments follow, kills."""
+    codes = join([start(program, flags, output, before=partial(kill_at, *accident, **keys))])
+    assert codes == [-signal.SIGKILL], (accident, output.read_text())
 
 
 def join(started: list[multiprocessing.Process]) -> list[int | None]:
@@ -67,7 +111,7 @@ def _main(program: str, flags: list[str], output: str, environment: dict[str, st
     sys.exit(importlib.import_module(f"spectitan.{program}").main(flags))
 
 
-def wait_for(condition, process, seconds: float = 100) -> None:
+def wait_for(condition, process, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.is_alive() and time.monotonic() < end
@@ -108,42 +152,52 @@ def kill_at(
     setattr(holder, name, accident)
 
 
-def slow_steps(seconds: float) -> None:
-    """Every optimizer step takes so much longer."""
+def hold_at(number: int, folder: Path) -> None:
+    """The nth optimizer step of each rank R leaves a file heldR in a folder, and goes on when there is a file `go`; toldR comes with a
+    signal that asks for the end."""
     from spectitan import train
+    from spectitan.signals import StopSignal
 
-    original = train.step_if_finite
+    original, stop, calls, rank = train.step_if_finite, StopSignal._stop, [], os.environ.get("RANK", "0")
 
     def step(*args):
-        time.sleep(seconds)
+        calls.append(1)
+        if len(calls) == number:
+            (folder / f"held{rank}").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.005)
         return original(*args)
 
-    train.step_if_finite = step
+    def told(*args):
+        (folder / f"told{rank}").touch()
+        stop(*args)
+
+    train.step_if_finite, StopSignal._stop = step, told
 
 
-def slow_tokenising() -> None:
-    """Every document takes half a second."""
+def slow_tokenising(seconds: float = 0.5) -> None:
+    """Every document takes so much longer."""
     from spectitan.data import encoding
     from spectitan.data.tokenizer import JsonTokenizer
 
     original = JsonTokenizer.encode_batch
 
     def encode_batch(self, texts):
-        time.sleep(0.5)
+        time.sleep(seconds)
         return original(self, texts)
 
     JsonTokenizer.encode_batch, encoding.CHUNK_CHARACTERS = encode_batch, 1
 
 
 def slow_evaluation() -> None:
-    """Drafting and verifying take a minute."""
+    """Drafting and verifying never end."""
     from spectitan.decoding import acceptance
 
     acceptance.decode_all = _long_work
 
 
 def slow_loading() -> None:
-    """Reading the tensors of a checkpoint takes a minute."""
+    """Reading the tensors of a checkpoint never ends."""
     from spectitan.training.restricted_metadata import RestrictedReader
 
     RestrictedReader.read_data = _long_work
@@ -165,4 +219,4 @@ def hang_at_step(step: int, rank: int) -> None:
 
 def _long_work(*args) -> None:
     print("long work has begun")
-    time.sleep(60)
+    time.sleep(10_000)

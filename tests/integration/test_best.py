@@ -2,8 +2,6 @@
 
 import json
 import math
-import signal
-from functools import partial
 
 import pytest
 
@@ -60,10 +58,8 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(world, tmp_path):
     assert train.main(world.flags(tmp_path / "whole", **changes)) == 0
     run = tmp_path / "run"
     for evaluation in (1, 2):  # of the first start; of the second, which first makes up for that one, the last step's
-        accident = partial(processes.kill_at, "spectitan.run.evaluating", "checkpoint_acceptance", evaluation)
-        process = processes.start("train", world.flags(run, **changes), tmp_path / "output", before=accident)
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+        accident = "spectitan.run.evaluating", "checkpoint_acceptance", evaluation
+        processes.run_killed("train", world.flags(run, **changes), tmp_path / "output", *accident)
         assert len(evaluations(run)) == evaluation - 1
     assert train.main(world.flags(run, **changes)) == 0
     assert evaluations(run) == evaluations(tmp_path / "whole") and [record["step"] for record in evaluations(run)] == [2, 4]

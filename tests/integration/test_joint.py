@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,10 +165,7 @@ def test_activations_computed_again_change_no_bit(world, tmp_path):
 def test_killed_and_continued_it_ends_as_if_nothing_had_been(world, joint, tmp_path):
     changes = JOINT | NO_END | {"training__detach_states": "false", "optimizer__base_lr": 0.004}
     flags = world.flags(tmp_path / "run", **changes)
-    accident = partial(processes.kill_at, "spectitan.train", "step_if_finite", 6)
-    process = processes.start("train", flags, tmp_path / "output", before=accident)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    processes.run_killed("train", flags, tmp_path / "output", "spectitan.train", "step_if_finite", 6)
     assert [report["step"] for report in tiny.reports(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert train.main(flags) == 0
     tiny.assert_same_training(tmp_path / "run", joint, STEPS)

@@ -1,8 +1,6 @@
 """Checkpoints at a URL: in fsspec's memory, and on its local file system, where a save can be interrupted for real."""
 
 import json
-import signal
-from functools import partial
 
 import pytest
 
@@ -78,10 +76,7 @@ def test_kill_9_before_the_manifest(world, run, tmp_path, call):
     """At step 4: before state.json, before manifest.json."""
     url, folder = f"file://{tmp_path / 'checkpoints'}", tmp_path / "checkpoints"
     flags = world.flags(tmp_path / "run", **SHORT, checkpoint__folder=url)
-    accident = partial(processes.kill_at, "spectitan.training.checkpoint", "write_json", call)
-    process = processes.start("train", flags, tmp_path / "output", before=accident)
-    process.join(100)
-    assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    processes.run_killed("train", flags, tmp_path / "output", "spectitan.training.checkpoint", "write_json", call)
     unfinished = {path.name for path in (folder / "step-00000004").iterdir()}
     assert "__0_0.distcp" in unfinished and "manifest.json" not in unfinished
     assert find_checkpoint(url).name == "step-00000002"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.loading import free_port
 from tests.integration import tiny
+from tests.integration.processes import free_port
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

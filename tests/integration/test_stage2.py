@@ -2,8 +2,6 @@
 
 import json
 import math
-import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,10 +93,7 @@ def test_micro_batches_of_any_size_train_the_same(world, tmp_path, loss):
 def test_killed_in_stage_2_it_ends_as_if_nothing_had_been(world, whole, tmp_path):
     run = tmp_path / "run"
     for call in (6, 3):  # after step 4, and again after step 6, which is saved while training goes on
-        accident = partial(processes.kill_at, "spectitan.train", "step_if_finite", call)
-        process = processes.start("train", world.flags(run, **RUN), tmp_path / "output", before=accident)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+        processes.run_killed("train", world.flags(run, **RUN), tmp_path / "output", "spectitan.train", "step_if_finite", call)
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] in ("step-00000004", "step-00000006")
     assert train.main(world.flags(run, **RUN)) == 0
     tiny.assert_same_training(run, whole, STEPS)

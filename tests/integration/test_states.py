@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import shutil
-import signal
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,9 +190,7 @@ def test_a_stopped_hybrid_run_goes_on(world, filled, tmp_path):
     keys = EAGLE3 | {"training__num_steps": 8, "training__epochs": -1, "states__source": "hybrid", "checkpoint__interval": 3}
     assert train.main(world.flags(tmp_path / "whole", **keys)) == 0
     flags = world.flags(tmp_path / "run", **keys)
-    killed = processes.start("train", flags, tmp_path / "output", before=partial(processes.kill_at, "spectitan.train", "step_if_finite", 5))
-    killed.join(120)
-    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    processes.run_killed("train", flags, tmp_path / "output", "spectitan.train", "step_if_finite", 5)
     assert train.main(flags) == 0
     assert_same(tmp_path / "run", tmp_path / "whole", 8)
     after = tiny.reports(tmp_path / "run")[3:]
@@ -272,9 +268,7 @@ def test_what_cannot_be_filled_is_refused_before_the_text_is_read(world, some, t
 def test_killed_while_it_fills(world, filled, tmp_path):
     """The same command goes on, and what both have written is read."""
     flags = world.flags(tmp_path / "run", **EAGLE3, states__hidden_states_path=tmp_path / "states", prepare__states="true")
-    killed = processes.start("prepare", flags, tmp_path / "output", before=partial(processes.kill_at, cache_files.__name__, "_write", 20))
-    killed.join(120)
-    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    processes.run_killed("prepare", flags, tmp_path / "output", cache_files.__name__, "_write", 20)
     assert not list((tmp_path / "states").glob("*.json.tmp")) and sizes_of(tmp_path / "states")[0] == 9
     assert prepare.main(flags) == 0
     assert sizes_of(tmp_path / "states") == [9, sizes_of(filled)[0] - 9]
@@ -296,9 +290,7 @@ def test_two_at_once(world, filled, tmp_path):
     """Two programs that fill one folder disturb each other in nothing."""
     flags = world.flags(tmp_path / "run", **EAGLE3, states__hidden_states_path=tmp_path / "states", prepare__states="true")
     started = [processes.start("prepare", flags, tmp_path / f"output{number}") for number in range(2)]
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
+    assert processes.join(started) == [0, 0], (tmp_path / "output0").read_text() + (tmp_path / "output1").read_text()
     keys = EAGLE3 | {"states__source": "offline"}
     for run, states in (("again", tmp_path / "states"), ("whole", filled)):
         assert train.main(world.flags(tmp_path / run, **keys, states__hidden_states_path=states)) == 0

@@ -48,7 +48,7 @@ HOSTILE = {
 GOOD = "{{ messages[0].content }}"
 
 
-def made(source: str, seconds: float = 0.3):
+def made(source: str, seconds: float = 10):
     return closing(RenderingProcess(ChatTemplate(source, {}, (), "here"), seconds))
 
 
@@ -61,14 +61,15 @@ def ask(process, *prompts):
 def test_what_a_hostile_template_does_is_one_line(monkeypatch, kind):
     monkeypatch.setattr(module, "LIMIT_BYTES", 2**28)
     source, message = HOSTILE[kind]
+    seconds = 0.3 if "0.3 s" in message else 10
     begin = time.monotonic()
-    with made("{% if messages[0].content == 'bad' %}" + source + "{% endif %}" + GOOD) as process:
+    with made("{% if messages[0].content == 'bad' %}" + source + "{% endif %}" + GOOD, seconds) as process:
         good, bad, after = ask(process, "größe 😀", "bad", "x\n")
     assert (good, after) == ("größe 😀", "x\n")
     with pytest.raises(ValueError, match=f"^chat template here: .*({message})") as error:
         raise bad
     assert "\n" not in str(error.value) and not isinstance(bad, UserError)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
 
 
 def test_a_template_that_exceeds_its_limits_again_and_again_is_refused(monkeypatch):

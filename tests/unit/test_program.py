@@ -17,6 +17,7 @@ from spectitan.program import run
 from spectitan.signals import StopSignal
 
 ROOT = Path(__file__).parents[2]
+LONG = 300  # seconds, of a machine that is slow and busy
 FLAGS = ["--base.path", "b", "--speculator.type", "none"]
 
 
@@ -114,7 +115,13 @@ def start(body: str, **environment: str) -> subprocess.Popen:
         ]
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout.readline() == "ready\n", process.communicate()
     return process
@@ -122,28 +129,30 @@ def start(body: str, **environment: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_any_work(number):
-    process = start("ready(); time.sleep(60)")
+    process = start("ready(); time.sleep(10_000)")
     process.send_signal(number)
-    out, error = process.communicate(timeout=10)
+    out, error = process.communicate(timeout=LONG)
     assert (process.returncode, out, error) == (128 + number, "", f"spectitan.evaluate: stopped by {number.name}\n")
 
 
 def test_deferred_signal_lets_the_work_be_saved():
     process = start(
         """
+        spectitan.signals.REPEATED_WITHIN_SECONDS = 10_000
         with stop.deferred():
             ready()
             while stop.requested is None:
                 time.sleep(0.01)
-            time.sleep(0.3)  # the same signal again, at once, is one request
+            print("requested", flush=True)
+            sys.stdin.readline()  # the same signal again, at once, is one request
             print("saved", flush=True)
         print("not reached", flush=True)
         """
     )
     process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
+    assert process.stdout.readline() == "requested\n"
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=10)
+    out, error = process.communicate("\n", timeout=LONG)
     assert (process.returncode, out, error) == (130, "saved\n", "spectitan.evaluate: stopped by SIGINT\n")
 
 
@@ -153,14 +162,18 @@ def test_repeated_signal_ends_deferred_work():
         spectitan.signals.REPEATED_WITHIN_SECONDS = 0.2
         with stop.deferred():
             ready()
-            time.sleep(60)
+            while stop.requested is None:
+                time.sleep(0.01)
+            print("requested", flush=True)
+            time.sleep(10_000)
         """
     )
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    assert process.stdout.readline() == "requested\n"
+    time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=LONG)
     assert (process.returncode, error) == (143, "spectitan.evaluate: stopped by SIGTERM\n")
 
 
@@ -178,7 +191,7 @@ def test_usr1_asks_for_a_checkpoint_each_time():
     for _ in range(2):
         process.send_signal(signal.SIGUSR1)
         assert process.stdout.readline() == "saved\n"
-    assert process.wait(10) == 0
+    assert process.wait(LONG) == 0
 
 
 def test_forked_worker_ends_silently():
@@ -186,16 +199,16 @@ def test_forked_worker_ends_silently():
         """
         context = multiprocessing.get_context("fork")
         running = context.Event()
-        worker = context.Process(target=lambda: (running.set(), time.sleep(60)))
+        worker = context.Process(target=lambda: (running.set(), time.sleep(10_000)))
         worker.start()
         running.wait()
         worker.terminate()
-        worker.join(10)
+        worker.join()
         ready()
         return -worker.exitcode
         """
     )
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=LONG)
     assert (process.returncode, error) == (signal.SIGTERM, "")
 
 
@@ -205,4 +218,4 @@ def test_reader_of_the_output_may_leave():
     assert writer.stdout.read(1) == b"x"
     writer.stdout.close()
     assert writer.stderr.read() == b""
-    assert writer.wait(10) == 128 + signal.SIGPIPE
+    assert writer.wait(LONG) == 128 + signal.SIGPIPE

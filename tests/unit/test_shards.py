@@ -318,8 +318,11 @@ def kill_in(seconds):
     timer.start()
 
 
-def tokenise_slowly(data, log, life=None):
-    """Says in the log what it does. With a life, it is killed after so many seconds."""
+WAITS = "waiting for another process that does it"
+
+
+def tokenise_slowly(data, log, life=None, others=0):
+    """Says in the log what it does, after so many others have said that they wait. With a life, it is killed after so many seconds."""
     logging.basicConfig(filename=log, level=logging.INFO, format=f"{os.getpid()} %(message)s", force=True)
     if life is not None:
         kill_in(life)
@@ -327,6 +330,8 @@ def tokenise_slowly(data, log, life=None):
     class SlowTokenizer(ByteTokenizer):
         def encode_batch(self, texts):
             time.sleep(0.02)
+            while log.read_text().count(WAITS) < others:
+                time.sleep(0.005)
             logging.info("tokenising texts")
             return super().encode_batch(texts)
 
@@ -336,13 +341,13 @@ def tokenise_slowly(data, log, life=None):
 
 def test_of_several_processes_one_tokenises_and_the_others_wait(tmp_path):
     data = many_chunks(tmp_path)
-    together = [start(tokenise_slowly, data, tmp_path / "log") for _ in range(3)]
+    together = [start(tokenise_slowly, data, tmp_path / "log", None, 2) for _ in range(3)]
     for process in together:
         process.join()
     assert [process.exitcode for process in together] == [0, 0, 0]
     lines = [line.split(" ", 1) for line in (tmp_path / "log").read_text().splitlines()]
     (writer,) = {pid for pid, line in lines if line == "tokenising texts"}
-    waiting = {pid for pid, line in lines if "waiting for another process that does it" in line}
+    waiting = {pid for pid, line in lines if WAITS in line}
     assert waiting == {str(process.pid) for process in together} - {writer}
     assert contents(tmp_path / "cache") == clean_run(tmp_path)
 
