@@ -23,6 +23,14 @@ def cache_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, text and configuration for tests of whole programs, once a file of tests."""
+    from tests.integration import tiny
+
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
 def pytest_xdist_auto_num_workers(config) -> int:
     """Processes that run the tests, of `-n auto`: one for each processor, four at the most; tests that are named run in this one."""
     tests = Path(__file__).parent

@@ -20,11 +20,6 @@ RUN |= {"speculator__type": "eagle3", "optimizer__name": "muon"}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def whole(world) -> Path:
     """The folder of a run of two processes that nothing disturbed."""
     processes.train_in_ranks(2, world.flags(world.root / "whole", **RUN), world.root / "whole_output")

@@ -34,11 +34,6 @@ KINDS["joint"] |= {"training__speculator_loss_coeff": 0.7, "optimizer__base_lr":
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def whole(world) -> dict[str, Path]:
     """The folder of an uninterrupted run of one process, by kind."""
     for kind, changes in KINDS.items():

@@ -9,11 +9,6 @@ from tests.integration import tiny
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tiny.Tiny:
-    return tiny.make(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def run(world) -> Path:
     """A finished run, whose folder no mistake may touch."""
     assert train.main(world.flags(world.root / "run", **tiny.SHORT)) == 0

@@ -315,13 +315,7 @@ def test_what_may_change_is_logged(world, whole, tmp_path, logged):
 @pytest.fixture(scope="module")
 def other_base(world) -> Path:
     """A base of the same shape with one number changed."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(world.root / "base", world.root / "other_base")
-    tensors = load_file(world.root / "base" / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][20, 3] += 1
-    save_file(tensors, world.root / "other_base" / "model.safetensors")
-    return world.root / "other_base"
+    return world.other_base(world.root / "other_base", "model.layers.1.mlp.up_proj.weight", lambda weight: weight[20, 3].add_(1))
 
 
 CHANGES = {

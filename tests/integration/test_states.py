@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from spectitan import prepare, train
 from spectitan.models.decoder import Decoder
@@ -338,11 +337,7 @@ def test_samples_that_are_asked_for(world, some, tmp_path, refused):
 
 
 def other_base(world, tmp_path: Path) -> dict:
-    shutil.copytree(world.root / "base", tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    return {"base__path": tmp_path / "base"}
+    return {"base__path": world.other_base(tmp_path / "base", "model.layers.1.mlp.up_proj.weight", lambda weight: weight.mul_(1.01))}
 
 
 def other_text(world, tmp_path: Path) -> dict:
@@ -464,11 +459,8 @@ def test_a_damaged_cache(world, filled, tmp_path, refused, damage):
 
 def test_states_that_are_not_finite(world, tmp_path, refused):
     """A base too loud for float16: refused before it is cached, by sample, layer and token."""
-    shutil.copytree(world.root / "base", tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.embed_tokens.weight"] *= 1e6
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    keys = EAGLE3 | {"base__path": tmp_path / "base", "states__dtype": "float16", "states__hidden_states_path": tmp_path / "states"}
+    loud = world.other_base(tmp_path / "base", "model.embed_tokens.weight", lambda weight: weight.mul_(1e6))
+    keys = EAGLE3 | {"base__path": loud, "states__dtype": "float16", "states__hidden_states_path": tmp_path / "states"}
     line = refused(world.flags(tmp_path / "run", **keys, prepare__states="true"), "prepare")
     assert "sample " in line and "layer 0 at token " in line and "not finite as float16" in line
     assert not list((tmp_path / "states").glob("*.states"))

@@ -1,10 +1,12 @@
 """A base model, text and configuration small enough to train in a second, for tests of whole programs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from spectitan import evaluate, export, generate, prepare, train
 from spectitan.data.tokenizer import train_bpe
@@ -76,6 +78,14 @@ class Tiny(NamedTuple):
         texts = {name.replace("__", "."): value for name, value in changes.items()}
         flags = {"job.config_file": self.config, "job.dump_folder": dump_folder} | texts
         return [f"--{key}={value}" for key, value in flags.items()]
+
+    def other_base(self, folder: Path, name: str, change) -> Path:
+        """A copy of the base after change(tensor) of one of its tensors."""
+        shutil.copytree(self.root / "base", folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors[name])
+        save_file(tensors, folder / "model.safetensors")
+        return folder
 
 
 def text(number: int) -> str:
