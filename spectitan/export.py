@@ -8,14 +8,16 @@ import sys
 
 from spectitan import program
 from spectitan.config.tables import Config
-from spectitan.exporting import export_run
+from spectitan.exporting import export_folder, export_run
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.trained import find_trained
+from spectitan.training.run_folder import check_can_be_written
 
 
 def export(config: Config, stop: StopSignal) -> None:
     """The program's work."""
+    check_can_be_written("export.path", str(export_folder(config)))
     export_run(config, find_trained(config))
 
 

@@ -137,15 +137,17 @@ def test_a_trained_base_in_hugging_face_layout(tmp_path, base, capsys):
 def test_mistakes(tmp_path, base, capsys):
     checkpoint, _ = run_of_speculator(tmp_path)
 
-    def mistake(*arguments: str) -> str:
+    def mistake(*arguments: str, path: str = "out") -> str:
         before = sorted(tmp_path.rglob("*"))
-        assert main([*arguments, "--export.path", str(tmp_path / "out")]) == 2
+        assert main([*arguments, "--export.path", str(tmp_path / path)]) == 2
         assert sorted(tmp_path.rglob("*")) == before
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1, captured.err
         return captured.err
 
     assert "no such folder" in mistake("--speculator.path", str(tmp_path / "nothing"))
+    line = mistake("--speculator.path", str(checkpoint), path="base/config.json")
+    assert line.startswith(f"spectitan.export: export.path = '{tmp_path}/base/config.json': ") and line.endswith("it is no folder\n")
     assert "no checkpoint" in mistake("--speculator.path", str(tmp_path / "base" / ".."))
     assert "architectures" in mistake("--speculator.path", str(tmp_path / "base"), "--base.path", str(tmp_path / "base"))
     assert 'export.format = "hf"' in mistake("--speculator.path", str(checkpoint), "--export.format", "hf")
