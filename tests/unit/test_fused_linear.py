@@ -319,6 +319,8 @@ def test_student_head_may_be_the_teachers():
 PEAK = """
 import resource, sys, torch
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
+from spectitan.training.allocator import use_huge_pages
+use_huge_pages()  # as programs do: glibc's own threshold leaves up to 25 MB in the heap, now and then
 loss, rows = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(2)
 hidden, weight = (torch.randn(size, 512, requires_grad=True) for size in (rows, 32000))
