@@ -1,6 +1,6 @@
 """A real vLLM serves an exported EAGLE-3 on the base that ships: the base's own greedy text, and the acceptance that evaluate finds.
 
-The drafter is trained for a minute, or is the one in SPECTITAN_SERVING_FOLDER, whose README names a base that vLLM finds.
+Drafters of several shapes are trained for a minute each; or it is the one in SPECTITAN_SERVING_FOLDER, whose README names a base that vLLM finds.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectitan import train
+from spectitan import prepare, train
 from spectitan.config.sections import Eval
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import load_tokenizer
@@ -27,16 +27,32 @@ BASE = resolve_base_path("spectitan:pystdlib")
 NEW_TOKENS, PROMPTS = 128, 64
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    if given := os.environ.get("SPECTITAN_SERVING_FOLDER"):
-        return Path(given)
-    run = tmp_path_factory.mktemp("run")
-    keys = {"training.num_steps": 150, "stage2.start_step": -1, "eval.at_end": "false", "export.base_name": BASE}
-    assert (
-        train.main([f"--job.config_file={RECIPE}", f"--job.dump_folder={run}", *(f"--{key}={value}" for key, value in keys.items())]) == 0
-    )
+GIVEN = os.environ.get("SPECTITAN_SERVING_FOLDER")
+VARIANTS = {
+    "as_it_is": {},
+    "reduced": {"draft_vocab_size": 1500},
+    "qwen3_normed": {"draft_arch": "qwen3", "norm_before_fc": "true", "norm_output": "true"},
+    "deep_with_own_ends": {"num_layers": 2, "train_head": "true", "embed_requires_grad": "true", "norm_before_residual": "false"},
+    "window": {"sliding_window": 24, "fc_norm": "true"},
+}
+
+
+@pytest.fixture(scope="module", params=["given"] if GIVEN else VARIANTS)
+def folder(request, tmp_path_factory) -> Path:
+    if GIVEN:
+        return Path(GIVEN)
+    run, counts = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("counts") / "token_freq.pt"
+    keys = {"job.dump_folder": run, "training.num_steps": 150, "stage2.start_step": -1, "eval.at_end": "false", "export.base_name": BASE}
+    keys |= {f"speculator.{name}": value for name, value in VARIANTS[request.param].items()}
+    if request.param == "reduced":
+        assert prepare.main(flags(keys | {"prepare.token_freq": counts, "prepare.show": 0, "speculator.draft_vocab_size": -1})) == 0
+        keys["speculator.token_freq_path"] = counts
+    assert train.main(flags(keys)) == 0
     return run / "export"
+
+
+def flags(keys: dict) -> list[str]:
+    return [f"--job.config_file={RECIPE}", *(f"--{key}={value}" for key, value in keys.items())]
 
 
 @pytest.fixture(scope="module")
