@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from spectitan.distributed.fsdp import resolve_compute_dtype
 from spectitan.distributed.mesh import choose_device
 from spectitan.models.llama import LlamaConfig
 from spectitan.models.registry import choose_config
+from spectitan.speculators import recurrent
 from spectitan.states.online import OnlineStates
 from spectitan.training.metrics import MetricsLogger, device_peak_flops
 from spectitan.training.optimizer import optimizer_tensors
@@ -46,23 +48,33 @@ class Measured(Exception):
 
 
 class Memory:
-    """Bytes of tensors on the GPU, at their highest; without one, of the process."""
+    """Bytes of tensors on the GPU; without one, of the process. The host does not wait for the GPU.
+
+    Attributes:
+        of_step: at their highest.
+        of_loss: at most in a fused loss, above what was there before it and the gradients that it makes.
+    """
 
     def __init__(self):
         self.of_step = self.of_loss = 0
 
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory("VmHWM")
+    def watch(self, fused_linear_loss: Callable) -> Callable:
+        def watched(hidden, weight, *args, **kwargs):
+            self.end_of_part()
+            before = torch.cuda.memory_allocated() if torch.cuda.is_available() else memory("VmRSS")
+            result = fused_linear_loss(hidden, weight, *args, **kwargs)
+            self.of_loss = max(self.of_loss, self._peak() - before - 4 * weight.numel() - hidden.nbytes)
+            return result
 
-    def end_of_base(self) -> None:
-        """What follows is the loss, its backward and the optimizer. The host does not wait."""
+        return watched
+
+    def end_of_part(self) -> None:
         self.of_step = max(self.of_step, self._peak())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def end_of_step(self) -> None:
-        self.of_loss = max(self.of_loss, self._peak())
-        self.of_step = max(self.of_step, self.of_loss)
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory("VmHWM")
 
 
 def run(setup: Setup, folder: str, loss: str, steps: int, output: str) -> None:
@@ -75,13 +87,12 @@ def run(setup: Setup, folder: str, loss: str, steps: int, output: str) -> None:
     def states(source, batch):
         found = base_states(source, batch)
         seen[:] = [source, batch, sum(tensor.nbytes for tensor in (found.final, *found.taps))]
-        peaks.end_of_base()
         return found
 
     def step(trainer, *args):
         trainers[:] = [trainer]
         train_step(trainer, *args)
-        peaks.end_of_step()
+        peaks.end_of_part()
 
     def report(logger, **values):
         reports.append(values)
@@ -107,6 +118,7 @@ def run(setup: Setup, folder: str, loss: str, steps: int, output: str) -> None:
         }
 
     OnlineStates.states, train.Trainer._train_step, MetricsLogger.report = states, step, report
+    recurrent.fused_linear_loss = peaks.watch(recurrent.fused_linear_loss)
     with contextlib.suppress(Measured):
         train.main(as_flags(keys_of(setup, folder, loss, steps)))
 
@@ -119,7 +131,7 @@ def keys_of(setup: Setup, folder: str, loss: str, steps: int) -> dict[str, objec
 
 
 def of_memory(trainer: train.Trainer, peaks: Memory, states: int) -> dict:
-    """Bytes of what a step cannot do without, and of what its loss takes beside that."""
+    """Bytes of what a step cannot do without, of all of it, and of what its loss takes."""
     trained = list(trainer.speculator.parameters())
     compute_dtype = resolve_compute_dtype(trainer.config.training.compute_dtype, trainer.device)
     sizes = {
@@ -130,7 +142,7 @@ def of_memory(trainer: train.Trainer, peaks: Memory, states: int) -> dict:
         "optimizer": sum(tensor.nbytes for tensor in optimizer_tensors(trainer.optimizer).values()),
         "states": states,
     }
-    return {"bytes": sizes, "peak_bytes": peaks.of_step, "loss_bytes": peaks.of_loss - sum(sizes.values())}
+    return {"bytes": sizes, "peak_bytes": peaks.of_step, "loss_bytes": peaks.of_loss}
 
 
 def seconds_of(work, repeats: int) -> float:
