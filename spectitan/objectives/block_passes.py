@@ -11,13 +11,13 @@ from spectitan.objectives.row_passes import Distributions
 _BLOCK_LOGITS = 1 << 20  # in float32 they stay in a CPU's cache
 
 
-def block_pass(weights: Mapping[str, float], rows: int, chunk_rows: int, logits: Tensor) -> "BlockPass":
-    """The pass of weighted losses over `rows` rows, in chunks of at most chunk_rows, of logits like these, [..., V]."""
+def block_pass(weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor) -> "BlockPass":
+    """The pass of weighted losses over `rows` rows, in chunks of at most chunk_rows, of the logits that a head [V, w] makes."""
     if weights.keys() == {"ce"}:
-        return CePass(rows, chunk_rows, logits)
+        return CePass(rows, chunk_rows, head)
     if weights.keys() == {"kl_div"}:
-        return KlDivPass(rows, chunk_rows, logits)
-    return MixturePass(rows, chunk_rows, logits, weights)
+        return KlDivPass(rows, chunk_rows, head)
+    return MixturePass(rows, chunk_rows, head, weights)
 
 
 class BlockPass:
@@ -27,15 +27,15 @@ class BlockPass:
         teacher_dtype: of the teacher's logits, that of statistics.
     """
 
-    def __init__(self, rows: int, chunk_rows: int, logits: Tensor):
-        self.like, self.teacher_dtype = logits, torch.promote_types(logits.dtype, torch.float32)
-        on_cpu = logits.device.type == "cpu"  # a GPU takes a chunk at once
-        self.block_rows = max(1, min(chunk_rows, _BLOCK_LOGITS // logits.shape[1])) if on_cpu else chunk_rows
+    def __init__(self, rows: int, chunk_rows: int, head: Tensor):
+        self.head, self.teacher_dtype = head, torch.promote_types(head.dtype, torch.float32)
+        on_cpu = head.device.type == "cpu"  # a GPU takes a chunk at once
+        self.block_rows = max(1, min(chunk_rows, _BLOCK_LOGITS // len(head))) if on_cpu else chunk_rows
         self.memory_rows = min(rows, self.block_rows)
-        self.wide = self._memory() if logits.dtype != self.teacher_dtype else None
+        self.wide = self._memory() if head.dtype != self.teacher_dtype else None
 
     def _memory(self) -> Tensor:
-        return self.like.new_empty(self.memory_rows, self.like.shape[1], dtype=self.teacher_dtype)
+        return self.head.new_empty(self.memory_rows, len(self.head), dtype=self.teacher_dtype)
 
     def score(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, place: Tensor | None) -> tuple[Tensor, Tensor]:
         """Leaves the gradient in the logits' place, but for a factor of each row.
@@ -76,8 +76,8 @@ class CePass(BlockPass):
 
 
 class KlDivPass(BlockPass):
-    def __init__(self, rows: int, chunk_rows: int, logits: Tensor):
-        super().__init__(rows, chunk_rows, logits)
+    def __init__(self, rows: int, chunk_rows: int, head: Tensor):
+        super().__init__(rows, chunk_rows, head)
         self.p, self.scratch = self._memory(), self._memory()
 
     def _read_teacher(self, logits: Tensor) -> None:
@@ -89,8 +89,8 @@ class KlDivPass(BlockPass):
 
 
 class MixturePass(BlockPass):
-    def __init__(self, rows: int, chunk_rows: int, logits: Tensor, weights: Mapping[str, float]):
-        super().__init__(rows, chunk_rows, logits)
+    def __init__(self, rows: int, chunk_rows: int, head: Tensor, weights: Mapping[str, float]):
+        super().__init__(rows, chunk_rows, head)
         self.weights, self.selected = dict(weights), self._memory()
 
     def _read_teacher(self, logits: Tensor) -> None:
@@ -106,8 +106,8 @@ class MixturePass(BlockPass):
 class RehearsedPass:
     """Takes the memory that TritonPass takes, and does nothing."""
 
-    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, logits: Tensor):
-        self.teacher_dtype = logits.dtype
+    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor):
+        self.teacher_dtype = head.dtype
 
     def score(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, place: Tensor | None) -> tuple[Tensor, Tensor]:
         row_stats = logits.new_empty(len(logits), 3, dtype=torch.float32)

@@ -6,7 +6,7 @@ size costs more than the arithmetic on it.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def fused_linear_loss(
 
     Args:
         hidden: [N, w], in the compute dtype. N = 0 gives a total and gradients of 0.
-        weight: [V, w], of the same dtype, or a wider master: it is cast here, part by part, and its gradient, summed in float32, is not rounded.
+        weight: [V, w], of the same dtype, or a wider master: it is cast here, and its gradient, summed in float32, is not rounded.
             Frozen, it costs no work on its gradient; under no_grad there is none at all. It, and a teacher's, may be divided over the
             ranks of a mesh (tensor parallelism), which then call this together, each with its own rows.
         row_weights: [N], constants. A row of weight 0 has statistics, and exactly no gradient.
@@ -95,24 +95,21 @@ class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, row_weights, weights, targets, teacher, chunk_rows, hidden_grad, weight_grad):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        row_weights, head = row_weights.to(dtype), _Head(weight, hidden.dtype)
+        row_weights, master_dtype, weight = row_weights.to(dtype), weight.dtype, weight.to(hidden.dtype)
         row_stats = torch.empty(len(hidden), 3, dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if hidden_grad else None
-        d_weight = _WideSum(weight.shape, hidden, dtype) if weight_grad else None
+        d_weight = _WideSum(weight, dtype) if weight_grad else None
         d_logits = None
-        chunks = _Chunks(head, hidden, weights, targets, teacher, chunk_rows)
+        chunks = _Chunks(weight, weights, targets, teacher, len(hidden), chunk_rows)
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
             row_stats[rows], d_logits, factors = chunks.score(hidden[rows], rows)
             scale = factors * row_weights[rows, None]
             if hidden_grad:
-                d_rows = _WideSum(hidden[rows].shape, hidden, dtype)
-                for columns, part in head.parts():
-                    d_rows.add_product(d_logits[:, columns], part)
-                d_hidden[rows] = d_rows.total.mul_(scale)
+                torch.mm(d_logits, weight, out=d_hidden[rows]).mul_(scale)
             if weight_grad:
-                d_weight.add_product(d_logits.T, (hidden[rows] * scale).to(hidden.dtype))
-        ctx.gradients = d_hidden, d_weight.total.to(weight.dtype) if weight_grad else None
+                d_weight.add_product(d_logits.T, (hidden[rows] * scale).to(weight.dtype))
+        ctx.gradients = d_hidden, d_weight.total.to(master_dtype) if weight_grad else None
         ctx.mark_non_differentiable(row_stats)
         return row_stats[:, 0] @ row_weights, row_stats
 
@@ -124,37 +121,13 @@ class _FusedLinearLoss(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), *[None] * 7
 
 
-class _Head:
-    """A head in the dtype of the products. Of a wider master no copy lives: each use casts it part by part, which costs a CPU a
-    fiftieth of the products."""
-
-    _PART_BYTES = {"cpu": 4 << 20}  # stays in a cache
-    _OTHER_PART_BYTES = 256 << 20  # keeps a GPU's products large
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        rows, most_bytes = len(weight), self._PART_BYTES.get(weight.device.type, self._OTHER_PART_BYTES)
-        if weight.dtype != dtype:
-            rows = max(1, min(rows, most_bytes // (weight.shape[1] * dtype.itemsize)))
-        self.size, self.master = len(weight), weight.split(rows)
-        self.memory = weight.new_empty(rows, weight.shape[1], dtype=dtype) if weight.dtype != dtype else None
-
-    def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which of the vocabulary, and their rows of the head, good until the next."""
-        start = 0
-        for part in self.master:
-            yield slice(start, start + len(part)), part if self.memory is None else self.memory[: len(part)].copy_(part)
-            start += len(part)
-
-
 class _Chunks:
     """The logits of one chunk after another, in the same memory, and what becomes of them."""
 
-    def __init__(
-        self, head: _Head, hidden: Tensor, weights: Mapping[str, float], targets: Tensor, teacher: Teacher | None, chunk_rows: int
-    ):
-        self.head, self.targets, self.teacher = head, targets[:, None], teacher
-        self.logits = hidden.new_empty(min(len(hidden), chunk_rows), head.size)
-        self.row_pass = _row_pass(self.logits)(weights, len(hidden), chunk_rows, self.logits)
+    def __init__(self, weight: Tensor, weights: Mapping[str, float], targets: Tensor, teacher: Teacher | None, rows: int, chunk_rows: int):
+        self.weight, self.targets, self.teacher = weight, targets[:, None], teacher
+        self.row_pass = _row_pass(weight)(weights, rows, chunk_rows, weight)
+        self.logits = weight.new_empty(min(rows, chunk_rows), len(weight))
         if teacher is not None:
             self.teacher_rows = teacher.rows.cpu()
             self.teacher_logits = torch.empty_like(self.logits, dtype=self.row_pass.teacher_dtype)
@@ -162,9 +135,7 @@ class _Chunks:
     def score(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """row_stats of a chunk; d_logits [rows, V] and factors [rows, 1], whose product is the gradient on its logits."""
         teacher_logits, place = (None, None) if self.teacher is None else self._teachers(self.teacher_rows[rows])
-        logits = self.logits[: len(hidden)]
-        for columns, part in self.head.parts():
-            torch.mm(hidden, part.T, out=logits[:, columns])
+        logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
         row_stats, factors = self.row_pass.score(logits, self.targets[rows], teacher_logits, place)
         return row_stats, logits, factors
 
@@ -180,11 +151,11 @@ class _Chunks:
         return logits, to_device(place, self.logits.device)
 
 
-def _row_pass(logits: Tensor) -> Callable:
-    """What scores logits like these. On the meta device a plan is made, for a GPU."""
-    if logits.is_meta and logits.dtype != torch.float64:
+def _row_pass(weight: Tensor) -> Callable:
+    """What scores the logits of a head. On the meta device a plan is made, for a GPU."""
+    if weight.is_meta and weight.dtype != torch.float64:
         return RehearsedPass
-    if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton"):
+    if weight.is_cuda and weight.dtype != torch.float64 and importlib.util.find_spec("triton"):
         from spectitan.objectives.triton_pass import TritonPass
 
         return TritonPass
@@ -192,7 +163,7 @@ def _row_pass(logits: Tensor) -> Callable:
 
 
 class _WideSum:
-    """A sum of matrix products in a dtype that may be wider than theirs, which is that of `like`.
+    """A sum of matrix products, of the shape of `like`, in a dtype that may be wider than the products'.
 
     A narrower product goes by blocks of rows, which are still in a CPU's cache when they are widened and added. (PyTorch's sum
     of two dtypes would make a wide copy in fresh memory each time, which takes as long as half of the product.)
@@ -200,10 +171,10 @@ class _WideSum:
 
     _BLOCK_BYTES = 1 << 20
 
-    def __init__(self, shape: tuple[int, int], like: Tensor, dtype: torch.dtype):
-        self.total = like.new_zeros(shape, dtype=dtype)
-        rows = max(1, self._BLOCK_BYTES // (like.element_size() * shape[1])) if like.device.type == "cpu" else shape[0]
-        self.product = like.new_empty(min(rows, shape[0]), shape[1]) if like.dtype != dtype else None
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self.total = torch.zeros_like(like, dtype=dtype)
+        rows = max(1, self._BLOCK_BYTES // (like.element_size() * like.shape[1])) if like.device.type == "cpu" else len(like)
+        self.product = like.new_empty(min(rows, len(like)), like.shape[1]) if like.dtype != dtype else None
         self.wide = self.product.to(dtype) if self.product is not None and like.device.type == "cpu" else None  # a GPU widens as it adds
 
     def add_product(self, left: Tensor, right: Tensor) -> None:

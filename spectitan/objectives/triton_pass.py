@@ -29,8 +29,8 @@ _overlap, _of_alpha = _jit(token_terms.overlap), _jit(token_terms.of_alpha)
 class TritonPass:
     """As BlockPass, of a whole chunk at once."""
 
-    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, logits: Tensor):
-        self.weights, self.teacher_dtype = {name: float(weights.get(name, 0)) for name in LOSSES}, logits.dtype
+    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor):
+        self.weights, self.teacher_dtype = {name: float(weights.get(name, 0)) for name in LOSSES}, head.dtype
 
     def score(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, place: Tensor | None) -> tuple[Tensor, Tensor]:
         rows, vocabulary = logits.shape

@@ -262,7 +262,7 @@ def test_the_gradient_of_a_head_is_handed_on_and_not_copied(monkeypatch):
 
     monkeypatch.setattr(fused_linear, "_WideSum", Noted)
     fused(case, "ce")[0].backward()
-    assert case[1].grad.data_ptr() == places[0]
+    assert [case[1].grad.data_ptr()] == places
 
 
 @pytest.mark.parametrize("loss", FAST_AND_ALL)
@@ -276,13 +276,6 @@ def test_a_wider_head_is_computed_with_as_if_cast_and_its_gradient_is_not_rounde
     d_hidden_beside, d_master = torch.autograd.grad(wide_total, (narrow[0], master))
     assert torch.equal(wide_total, total) and torch.equal(wide_row_stats, row_stats) and torch.equal(d_hidden_beside, d_hidden)
     assert d_master.dtype == torch.float32 and torch.equal(d_master.bfloat16(), d_head) and not torch.equal(d_master, d_head.float())
-
-
-@pytest.mark.parametrize("loss", FAST_AND_ALL)
-def test_a_wider_head_is_cast_part_by_part(loss, monkeypatch):
-    monkeypatch.setitem(fused_linear._Head._PART_BYTES, "cpu", 13 * 31 * 4)  # 13 rows
-    hidden, weight, *rest = make_case()
-    assert_equals_oracle((hidden, weight.detach().double().requires_grad_(), *rest), loss, 1e-5, 16)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
