@@ -26,7 +26,6 @@ from tests.integration import processes, tiny
 STEPS = 20
 RUN = {"training__num_steps": STEPS, "checkpoint__interval": STEPS, "metrics__report_interval": 1, "training__micro_batch_size": 1}
 RUN |= {"training__compute_dtype": "float64", "eval__at_end": "false", "export__format": "none", "objective__loss": "kl_div"}
-RUN |= {"lr_scheduler__total_steps": STEPS}  # so that a shorter run is the beginning of a longer one
 STAGE2 = {"stage2__start_step": 3, "stage2__batch_size": 8, "stage2__prompt_length": 5, "stage2__seq_length": 7}
 JOINT = {"base__freeze": "false", "training__detach_states": "false", "training__speculator_loss_coeff": 0.7}
 FEW = {"training__num_steps": 5, "checkpoint__interval": 5}
@@ -35,7 +34,7 @@ EAGLE3 = {"speculator__type": "eagle3"}
 REDUCED = EAGLE3 | FEW | {"speculator__ttt_tokens": "own", "speculator__ttt_steps": 2, "eval__interval": 2, "eval__prompts": "none"}
 KINDS = {
     "mlp": STAGE2,
-    "lstm": STAGE2 | {"speculator__type": "lstm", "training__num_steps": 8},
+    "lstm": STAGE2 | {"speculator__type": "lstm"},
     "eagle3": EAGLE3 | FEW | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8, "optimizer__name": "muon"},
     "eagle3_reduced": REDUCED,
     "joint": JOINT,
@@ -44,7 +43,6 @@ KINDS = {
     "float32": JOINT | FEW | {"training__compute_dtype": "float32", "objective__loss": "ce"},
 }
 WITHOUT_EAGLE3 = [kind for kind in KINDS if not kind.startswith("eagle3")]
-MOST_OF_FOUR = 6  # steps of a run of four processes, but of mlp's
 # Number of processes, [parallelism], and the runs that are made. Of the last one of hsdp_2x2 and tp_2_fsdp_2 collectives are counted.
 LAYOUTS = {
     "fsdp_2": (2, {"sharding_strategy": "fsdp"}, KINDS),
@@ -129,11 +127,6 @@ def flags(world: tiny.Tiny, kind: str, run: Path, **layout) -> list[str]:
     return world.flags(run, **RUN | KINDS[kind] | base | maps | layout)
 
 
-def steps_of(kind: str, world_size: int) -> int:
-    steps = KINDS[kind].get("training__num_steps", STEPS)
-    return min(steps, MOST_OF_FOUR) if world_size == 4 and kind != "mlp" else steps
-
-
 @pytest.fixture(scope="module")
 def one(world) -> dict[str, list[dict]]:
     """The reports of one process, by kind."""
@@ -150,13 +143,12 @@ def test_one_curve(world, one, layout):
     commands = []
     for kind, run in runs.items():
         size = 2 if layout == "tp_2" and kind != "joint" else 1  # gradients accumulate in fsdp_2, and under tp in this one
-        steps = steps_of(kind, world_size)
-        commands.append(flags(world, kind, run, **keys, training__num_steps=steps, training__micro_batch_size=size))
+        commands.append(flags(world, kind, run, **keys, training__micro_batch_size=size))
     output = world.root / layout
     refused = flags(world, "mlp", world.root / "refused", base__path=without_weights(world), **keys) if layout == "tp_2" else []
     processes.run_group(world_size, output, worker, str(output), commands, refused)
     for kind, run in runs.items():
-        compare(tiny.reports(run), one[kind][: steps_of(kind, world_size)], 1e-9 if kind != "float32" else 1e-5)
+        compare(tiny.reports(run), one[kind], 1e-9 if kind != "float32" else 1e-5)
     if layout == "hsdp_2x2":
         check_collectives_of_hsdp(output)
     if layout == "tp_2":
