@@ -166,14 +166,14 @@ class _WideSum:
     """A sum of matrix products, of the shape of `like`, in a dtype that may be wider than the products'.
 
     A narrower product goes by blocks of rows, which are still in a CPU's cache when they are widened and added. (PyTorch's sum
-    of two dtypes would make a wide copy in fresh memory each time, which takes as long as half of the product.)
+    of two dtypes would make a wide copy in fresh memory each time, which takes as long as half of the product.) On a GPU the blocks are
+    large: there they only bound the product's memory.
     """
-
-    _BLOCK_BYTES = 1 << 20
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
         self.total = torch.zeros_like(like, dtype=dtype)
-        rows = max(1, self._BLOCK_BYTES // (like.element_size() * like.shape[1])) if like.device.type == "cpu" else len(like)
+        block_bytes = 1 << 20 if like.device.type == "cpu" else 1 << 28
+        rows = max(1, block_bytes // (like.element_size() * like.shape[1]))
         self.product = like.new_empty(min(rows, len(like)), like.shape[1]) if like.dtype != dtype else None
         self.wide = self.product.to(dtype) if self.product is not None and like.device.type == "cpu" else None  # a GPU widens as it adds
 
