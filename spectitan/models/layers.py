@@ -141,9 +141,8 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             return packed_attention.attend(queries, keys, values, mask)[0]
         grouped = queries.shape[1] != keys.shape[1]
-        if (
-            grouped and mask is not None and not queries.is_cpu
-        ):  # on a GPU, no kernel that takes a mask shares heads: all scores would be stored
+        if grouped and mask is not None and not queries.is_cpu:
+            # On a GPU no kernel that takes a mask shares heads: all scores would be stored.
             keys, values = (heads.repeat_interleave(queries.shape[1] // heads.shape[1], 1) for heads in (keys, values))
             grouped = False
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
