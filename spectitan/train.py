@@ -37,6 +37,7 @@ from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.trained import open_checkpoint
 from spectitan.training.allocator import trim_heap
+from spectitan.training.checkpoint import saves_beside_training
 from spectitan.training.intervals import is_due, next_due
 from spectitan.training.optimizer import peak_learning_rates, step_if_finite
 from spectitan.training.process import prepare_process
@@ -170,8 +171,7 @@ class Trainer:
         self.reporter.refuse_bad()
         state = {"position": self.step * self.global_batch_size, "identity": self.identity, "data": self.data.loader.fingerprints}
         state["report"] = self.reporter.sums.state()
-        mode = self.config.checkpoint.async_mode
-        if mode == "async" or (mode == "auto" and self.device.type == "cuda"):
+        if saves_beside_training(self.config.checkpoint.async_mode, self.device):
             self.checkpointer.begin(self.step, self.model.tensors(), state)
         else:
             self._saved(self.checkpointer.save(self.step, self.model.tensors(), state))

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spectitan.config.sections import Checkpoint as CheckpointKeys
@@ -220,6 +221,11 @@ class Checkpointer:
         if problem is None:
             self._verified.add(path)
         return problem
+
+
+def saves_beside_training(async_mode: str, device: torch.device) -> bool:
+    """What `checkpoint.async_mode` means where training computes: writing needs cores, and on a CPU the steps have them."""
+    return async_mode == "async" or (async_mode == "auto" and device.type == "cuda")
 
 
 def checkpoints_folder(config: CheckpointKeys, dump_folder: str | os.PathLike) -> Path:

@@ -18,7 +18,7 @@ from spectitan.distributed.fsdp import shard_trained
 from spectitan.distributed.mesh import init_distributed
 from spectitan.distributed.utils import backward, clip_grad_norm
 from spectitan.errors import UserError
-from spectitan.training.checkpoint import Checkpointer, module_tensors
+from spectitan.training.checkpoint import Checkpointer, module_tensors, saves_beside_training
 from spectitan.training.checkpoint_reading import find_checkpoint, read_state, read_tensors
 from spectitan.training.identity import check_identity, warn_of_other_text
 from spectitan.training.optimizer import build_optimizer, optimizer_tensors, step_if_finite
@@ -449,3 +449,10 @@ def test_a_failure_in_the_background_is_raised_at_the_end_and_the_next_one_is_wh
     monkeypatch.undo()
     three.begin(5, TENSORS, {})
     assert three.finish() == three.newest_valid() == three.folder / "step-00000005"
+
+
+@pytest.mark.parametrize("mode, device, beside", [
+    ("auto", "cuda", True), ("auto", "cpu", False), ("async", "cpu", True), ("disabled", "cuda", False),
+])  # fmt: skip
+def test_where_checkpoints_are_written_beside_training(mode, device, beside):
+    assert saves_beside_training(mode, torch.device(device)) is beside
