@@ -117,6 +117,7 @@ class Loader:
         self._global_batch_size = global_batch_size
         self._micro_batches = global_batch_size // (world_size * micro_batch_size)
         self._handed_out = 0
+        self._shared = data.loader_workers > 0 and not torch.cuda.is_available()  # workers' memory; pinned, it is a copy already
         self.order = SampleOrder(sizes, sample_weights(data.weights, sizes, tokens) if data.weights else None, seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital", category=UserWarning)  # torchdata calls it, new PyTorch warns
@@ -139,6 +140,8 @@ class Loader:
 
     def __next__(self) -> TokenBatch:
         batch = next(self._batches)
+        if self._shared:  # each tensor keeps a descriptor, and a step keeps all of its micro-batches
+            batch = TokenBatch(*(tensor if tensor is None else tensor.clone() for tensor in batch))
         self._handed_out += 1
         if self._handed_out == self._micro_batches:
             self._handed_out = 0

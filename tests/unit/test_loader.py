@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import time
 from collections import Counter
@@ -310,6 +311,22 @@ def survive_signals(folder):
 
 def test_workers_leave_signals_to_the_trainer(folder):
     process = start(survive_signals, folder)
+    process.join()
+    assert process.exitcode == 0
+
+
+def keep_many(folder):
+    multiprocessing.set_start_method("fork", force=True)
+    loader = load(make_data(folder, loader_workers=1))
+    kept = [next(loader)]
+    soft = psutil.Process().num_fds() + 50
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+    kept += [next(loader) for _ in range(100)]
+    assert [batch.index.tolist() for batch in kept] == [[i] for i in range(101)]
+
+
+def test_micro_batches_of_workers_keep_no_descriptors(folder):
+    process = start(keep_many, folder)
     process.join()
     assert process.exitcode == 0
 
