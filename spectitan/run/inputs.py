@@ -25,7 +25,7 @@ from spectitan.states.continued import prompts_per_sample
 from spectitan.states.sources import hidden_states_folder, open_store
 from spectitan.states.store import Store
 from spectitan.trained import check_base, family_keys, find_trained, open_checkpoint, read_speculator
-from spectitan.training.batch_layout import batch_layout
+from spectitan.training.batch_layout import batch_layout, check_batch_fits
 from spectitan.training.checkpoint import Checkpointer, check_is_new, checkpoints_folder
 from spectitan.training.checkpoint_reading import find_checkpoint, read_state
 from spectitan.training.identity import check_identity, run_identity
@@ -80,11 +80,13 @@ def find_inputs(config: Config, world: Distributed, run_folder: RunFolder) -> In
     store = _open_store(config, base_config, base_weights, speculator.taps)
     if config.export.format not in ("hf", "none") and config.speculator.type != "none":
         choose_format(speculator, config.export.format)
-    prompts_of_each = 1
+    prompts_of_each, sample_tokens = 1, config.data.seq_length
     if config.stage2.start_step >= 0:
         prompts_of_each = prompts_per_sample(
             config.stage2, global_batch_size, config.data.seq_length, base_config.max_position_embeddings, speculator.steps
         )
+        sample_tokens = max(sample_tokens, prompts_of_each * (config.stage2.prompt_length + config.stage2.seq_length))
+    check_batch_fits(global_batch_size, world.world_size, sample_tokens, speculator.steps)
     prompts = _prompts(config, tokenizer, base_config, speculator)
     identity = run_identity(config, base_config.identity(), base_weights, tokenizer.fingerprint) | speculator.identity()
     identity |= {"base.arch": arch_of(base_config), "training.global_batch_size": global_batch_size}

@@ -34,6 +34,7 @@ from tests.integration.tiny import PROGRAMS, SHORT
         ("--training.num_steps=0", ["training.num_steps", "0"]),
         ("--training.micro_batch_size=-2", ["training.micro_batch_size", "-2", "at least 1"]),
         ("--training.micro_batch_size=3", ["training.global_batch_size = 4", "training.micro_batch_size"]),
+        ("--training.global_batch_size=1000000000000", ["training.global_batch_size", "GB on this machine", "fewer samples"]),
         ("--optimizer.lr=nan", ["optimizer.lr", "nan"]),
         ("--optimizer.lr=-1", ["optimizer.lr", "-1", "above 0"]),
         ("--optimizer.lr=inf", ["optimizer.lr", "inf"]),

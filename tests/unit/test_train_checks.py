@@ -1,6 +1,7 @@
 """What train refuses before it does any work."""
 
 import contextlib
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from spectitan.data.validation import check_seq_length, check_steps_fit
 from spectitan.errors import UserError
 from spectitan.run.folders import check_export, folders_to_write, paths_to_read
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.training.batch_layout import check_batch_fits
 from spectitan.training.run_folder import check_can_be_moved, check_can_be_written
 
 
@@ -87,3 +89,15 @@ def test_a_run_name_is_a_name(name):
     assert config_of(job__run_name="first try").job.run_name == "first try"
     with pytest.raises(UserError, match="job.run_name = .*; allowed: a name without /"):
         config_of(job__run_name=name)
+
+
+@pytest.mark.parametrize("per_machine, needed", [("6", 60 * 4 * (17 + 3 * 24)), ("2", 20 * 4 * (17 + 3 * 24))])
+def test_a_batch_beyond_the_machines_memory(monkeypatch, per_machine, needed):
+    """60 samples of 4 tokens on 6 ranks, with ids of 8 bytes, a mask, documents of 8, and 3 targets of 3 x 8 for each token."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", per_machine)
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}
+    monkeypatch.setattr(os, "sysconf", memory.get)
+    check_batch_fits(60, ranks=6, sample_tokens=4, steps=3)
+    memory["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(UserError, match="^training.global_batch_size = 60: a step begins when all its samples and targets are in memory"):
+        check_batch_fits(60, ranks=6, sample_tokens=4, steps=3)
