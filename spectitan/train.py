@@ -211,7 +211,7 @@ def train(config: Config, stop: StopSignal) -> None:
         dp_replicate=parallelism.dp_replicate, shard_speculator=parallelism.shard_speculator,
     )  # fmt: skip
     try:
-        with contextlib.closing(RunFolder(Path(config.job.dump_folder))) as run_folder:
+        with contextlib.closing(RunFolder(Path(config.job.dump_folder), config.checkpoint.folder)) as run_folder:
             with Watchdog(config.job.timeout, "spectitan.train", gpu=world.device.type == "cuda") as watchdog:
                 trainer = Trainer(config, world, run_folder, watchdog)
                 with contextlib.closing(trainer.metrics), contextlib.closing(trainer.states):

@@ -5,20 +5,24 @@ from pathlib import Path
 from spectitan.config.tables import Config
 from spectitan.exporting import base_folder, check_keeps_base, export_folder
 from spectitan.states.sources import hidden_states_folder
+from spectitan.training.checkpoint import checkpoints_folder
 
 
 def folders_to_write(config: Config) -> dict[str, str]:
-    """Key -> folder, of every folder that a run is to write."""
-    folders = {"job.dump_folder": config.job.dump_folder}
-    if config.checkpoint.folder and "://" not in config.checkpoint.folder:
-        folders["checkpoint.folder"] = config.checkpoint.folder
+    """Key -> folder, of every folder that a run is to write; where it moves its old folder aside, without what lies in that."""
+    run = config.job.dump_folder
+    folders = {}
+    if "://" not in config.checkpoint.folder:
+        folders["checkpoint.folder"] = str(checkpoints_folder(config.checkpoint, run))
     if config.metrics.loggers and config.metrics.dir:
         folders["metrics.dir"] = config.metrics.dir
     if config.states.source == "hybrid" and config.states.on_generate == "cache":
-        folders["states.hidden_states_path"] = str(hidden_states_folder(config.states, config.job.dump_folder))
-    if config.export.format != "none" and config.export.path:
-        folders["export.path"] = config.export.path
-    return folders
+        folders["states.hidden_states_path"] = str(hidden_states_folder(config.states, run))
+    if config.export.format != "none":
+        folders["export.path"] = str(export_folder(config))
+    if config.checkpoint.resume == "never":
+        folders = {key: folder for key, folder in folders.items() if not Path(folder).resolve().is_relative_to(Path(run).resolve())}
+    return {"job.dump_folder": run} | folders
 
 
 def paths_to_read(config: Config) -> dict[str, str]:

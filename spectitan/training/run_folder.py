@@ -35,51 +35,61 @@ def check_can_be_moved(folder: Path, sources: dict[str, str]) -> None:
 
 
 class RunFolder:
-    """The folder of a run, locked against a second trainer. All ranks call every method together; rank 0 holds the lock.
+    """The folder of a run, and that of its checkpoints if it is another one, locked against a second trainer. All ranks call every
+    method together; rank 0 holds the locks.
 
-    The lock is on a file in the folder, and the system releases it when the process ends, however it does. It is a record lock,
+    A lock is on a file in the folder, and the system releases it when the process ends, however it does. It is a record lock,
     which loader workers do not inherit: they may outlive a killed trainer for a moment.
+
+    Args:
+        path: job.dump_folder.
+        checkpoints: checkpoint.folder, or ""; at a URL, where there are no locks, nothing is kept from a second trainer.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, checkpoints: str = ""):
+        self.path, self._folders = path, {"job.dump_folder": path}
+        if checkpoints and "://" not in checkpoints:
+            self._folders["checkpoint.folder"] = Path(checkpoints)
         self._locked: list[TextIO] = []
 
     def lock(self) -> None:
-        """Locks the folder, if there is one yet.
+        """Locks the folders, those that are there yet.
 
         Raises:
-            UserError: another process is training in it.
+            UserError: another process is training in one of them.
         """
         utils.on_main(self._lock)
 
     def _lock(self) -> None:
-        if not self.path.is_dir():
-            return
-        file = open(self.path / ".lock", "a")
+        for key, folder in self._folders.items():
+            if folder.is_dir():
+                self._lock_folder(key, folder)
+
+    def _lock_folder(self, key: str, folder: Path) -> None:
+        file = open(folder / ".lock", "a")
         self._locked.append(file)  # until the end: closing any file object would release the lock of all of them
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            given = f"job.dump_folder = {str(self.path)!r}"
-            raise UserError(f"{given}: another process is training in it: let it end, or use another folder") from error
+            raise UserError(f"{key} = {str(folder)!r}: another process is training in it: let it end, or use another folder") from error
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): start no second run in it", self.path, error)
+            logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
 
     def begin(self, config_toml: str, resume: str) -> None:
-        """Moves the folder of an earlier run aside, if checkpoint.resume is never; makes the folder, locks it, writes config.toml."""
+        """Moves the folder of an earlier run aside, if checkpoint.resume is never; makes the folders, locks them, writes config.toml."""
         moved = move_aside(self.path) if resume == "never" else None
         if moved:
             logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
         utils.on_main(lambda: self._begin(config_toml))
 
     def _begin(self, config_toml: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        for folder in self._folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         write_whole(self.path / "config.toml", config_toml)  # the file may be the one that this run was started with
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Releases the locks."""
         for file in self._locked:
             file.close()
 

@@ -223,14 +223,19 @@ def test_a_stop_while_evaluating_leaves_a_run_that_is_evaluated_later(world, who
 
 
 def test_a_second_trainer_is_refused_while_the_first_lives(world, whole, tmp_path, capsys):
-    run = tmp_path / "run"
-    flags = world.flags(run, **RUN | {"checkpoint__interval": 100})
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    flags = world.flags(run, **RUN | {"checkpoint__interval": 100, "checkpoint__folder": checkpoints})
     process = processes.start("train", flags, tmp_path / "output", before=partial(processes.hold_at, 4, tmp_path))
     wait_for((tmp_path / "held0").exists, process)
-    for change in ({}, {"checkpoint__resume": "never"}):
-        assert train.main(world.flags(run, **RUN | change)) == 2
+    for folder, change, given in (
+        (run, {}, f"job.dump_folder = '{run}'"),
+        (run, {"checkpoint__resume": "never"}, f"job.dump_folder = '{run}'"),
+        (tmp_path / "other", {"checkpoint__folder": checkpoints}, f"checkpoint.folder = '{checkpoints}'"),
+    ):
+        assert train.main(world.flags(folder, **RUN | change)) == 2
         line = capsys.readouterr().err
-        assert f"job.dump_folder = '{run}': another process is training in it" in line and line.count("\n") == 1
+        assert f"{given}: another process is training in it" in line and line.count("\n") == 1
+    assert not (tmp_path / "other").exists()
     process.kill()
     process.join()
     assert train.main(flags) == 0

@@ -21,7 +21,7 @@ def config_of(**changes):
     return load([f"--{key}={value}" for key, value in flags.items()], "train", SPECULATOR_CONFIGS)
 
 
-@pytest.mark.parametrize("key", ["job.dump_folder", "metrics.dir", "export.path"])
+@pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder", "metrics.dir", "export.path"])
 def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
     (tmp_path / "file").write_text("mine")
     folders = folders_to_write(config_of(**{key: tmp_path / "file" / "sub"}))
@@ -33,7 +33,19 @@ def test_a_file_where_a_folder_is_to_be_written(tmp_path, key):
 
 def test_folders_that_are_not_written_are_not_checked():
     unused = config_of(job__dump_folder="run", metrics__dir="logs", metrics__loggers="", export__path="out", export__format="none")
-    assert folders_to_write(unused) == {"job.dump_folder": "run"}
+    assert folders_to_write(unused) == {"job.dump_folder": "run", "checkpoint.folder": "run/checkpoints"}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("name, key", [("checkpoints", "checkpoint.folder"), ("export", "export.path")])
+def test_a_file_in_the_runs_folder_where_another_is_to_be_written(tmp_path, name, key, resume):
+    """Moved aside with the folder it is in nobody's way."""
+    (tmp_path / name).write_text("mine")
+    folders = folders_to_write(config_of(job__dump_folder=tmp_path, checkpoint__resume=resume))
+    assert (key in folders) == (resume == "auto")
+    if resume == "auto":
+        with pytest.raises(UserError, match=f"^{key} = '{tmp_path / name}': {tmp_path / name}: it is no folder$"):
+            check_can_be_written(key, folders[key])
 
 
 @pytest.mark.parametrize("inside", [".", "sub/file"])
