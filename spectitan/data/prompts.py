@@ -4,6 +4,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from spectitan.data.documents.rows import characters
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
 from spectitan.errors import UserError
 
@@ -47,7 +48,11 @@ def _prompt(line: bytes, place: str, tokenizer: Tokenizer) -> list[int]:
         raise UserError(f"{place}: not valid JSON: {error}") from None
     row = row if isinstance(row, dict) else {}
     if isinstance(row.get("text"), str) and row["text"]:
-        return tokenizer.prompt(tokenizer.encode(row["text"]))
+        try:
+            text = characters(row["text"], "'text'")
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        return tokenizer.prompt(tokenizer.encode(text))
     ids = row.get("tokens")
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         raise UserError(f'{place}: not a prompt; allowed: {{"tokens": [ids]}} or {{"text": "..."}}, not empty')

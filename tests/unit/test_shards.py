@@ -515,6 +515,7 @@ def test_documents_with_a_prompt_in_them_are_dropped_and_counted(tmp_path):
         ('{"tokens": [1, 2]}\n{"tokens": []}', ":2: not a prompt"),
         ('{"tokens": [1.5]}', ":1: not a prompt"),
         ('{"text": ""}', ":1: not a prompt"),
+        (r'{"text": "a\ud800"}', ":1: 'text' has half of a surrogate pair"),
         ("[1, 2]", ":1: not a prompt"),
         ("{", ":1: not valid JSON"),
         ('{"tokens": [5, 258, -1]}', r":1: token id 258; this tokenizer's are 0 .. 257"),

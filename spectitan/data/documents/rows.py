@@ -94,7 +94,7 @@ def _text(row: dict, data: Data) -> str:
     text = row[data.text_column]
     if not isinstance(text, str):
         raise ValueError(f"{data.text_column!r} is a {type(text).__name__}; allowed: a string")
-    return _characters(text, repr(data.text_column))
+    return characters(text, repr(data.text_column))
 
 
 def _prompt_response(row: dict, data: Data) -> PromptResponse:
@@ -102,7 +102,7 @@ def _prompt_response(row: dict, data: Data) -> PromptResponse:
     response = _nested(row, data.response_key, data.response_dict_keys, "response")
     if not response.strip():
         raise SkippedRow(f"empty {data.response_key!r} (data.response_key)")
-    return PromptResponse(_characters(prompt, repr(data.prompt_key)), _characters(response, repr(data.response_key)))
+    return PromptResponse(characters(prompt, repr(data.prompt_key)), characters(response, repr(data.response_key)))
 
 
 def _nested(row: dict, key: str, dict_keys: Sequence[str], name: str) -> str:
@@ -136,7 +136,7 @@ def _messages(row: dict, data: Data) -> Messages:
         raise SkippedRow(f"a message without text in {place}")
     if not any(message["role"] == "assistant" and (message.get("content") or message.get("tool_calls")) for message in messages):
         raise SkippedRow(f"no assistant turn in {place}")
-    _characters(json.dumps(messages, ensure_ascii=False, default=str), place)
+    characters(json.dumps(messages, ensure_ascii=False, default=str), place)
     # A key without a value is none to a template, as in transformers.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     return Messages(messages, _tools(row.get(data.tools_key), f"{data.tools_key!r} (data.tools_key)"))
@@ -159,7 +159,7 @@ def _tools(value: object, place: str) -> list[dict] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{place} is no list of JSON schemas")
-    _characters(json.dumps(tools, ensure_ascii=False, default=str), place)
+    characters(json.dumps(tools, ensure_ascii=False, default=str), place)
     return tools
 
 
@@ -209,7 +209,7 @@ def _array(value: object) -> np.ndarray | None:
     return value if isinstance(value, np.ndarray) and value.dtype.kind in "iub" else None
 
 
-def _characters(text: str, place: str) -> str:
+def characters(text: str, place: str) -> str:
     """The text; ValueError if it cannot be encoded."""
     try:
         text.encode()
