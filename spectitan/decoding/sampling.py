@@ -64,8 +64,10 @@ class Sampling:
         return tokens.gather(-1, draw(weights, quantile)[:, None])[:, 0]
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        # Against the largest: divided by a tiny temperature, others fall to -inf, where they would rise to +inf.
-        return ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
+        # Against the largest: divided by a tiny temperature, others fall to -inf, where they would rise to +inf. One that is 0 in float32
+        # would make the largest 0 / 0.
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
 
 
 class Sampler:

@@ -198,8 +198,9 @@ def test_bad_prompts_are_refused_by_name(prompts, words):
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_a_tiny_temperature_is_greedy(top_k):
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300])  # the second is 0 in float32
+def test_a_tiny_temperature_is_greedy(top_k, temperature):
     logits = torch.tensor([[1.0, 4.0, 3.0, 2.0, -5.0], [0.0, -2.0, -1.0, 5.0, 4.0]])
-    rule = Sampling(temperature=1e-38, top_k=top_k)
+    rule = Sampling(temperature=temperature, top_k=top_k)
     torch.testing.assert_close(rule.probabilities(logits), torch.nn.functional.one_hot(logits.argmax(-1), 5).float())
     assert rule.choose(logits, torch.tensor([0.999, 0.001])).tolist() == [1, 3]
