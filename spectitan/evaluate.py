@@ -14,12 +14,14 @@ from spectitan.evaluation import evaluate_run
 from spectitan.signals import StopSignal
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
 from spectitan.trained import find_trained
+from spectitan.training.run_folder import check_can_be_written
 
 
 def evaluate(config: Config, stop: StopSignal) -> None:
     """The program's work."""
     if config.job.threads > 0:
         torch.set_num_threads(config.job.threads)
+    check_can_be_written("job.dump_folder", config.job.dump_folder)
     evaluate_run(config, find_trained(config))
 
 

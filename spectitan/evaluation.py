@@ -13,7 +13,7 @@ from spectitan.data.overlap import count_overlap
 from spectitan.data.prompts import load_prompts
 from spectitan.data.tokenizer import Tokenizer, load_tokenizer
 from spectitan.data.validation import build_validation, check_seq_length
-from spectitan.decoding.acceptance import measure, measure_acceptance, tree_settings
+from spectitan.decoding.acceptance import measure, measure_acceptance, select_prompts, tree_settings
 from spectitan.decoding.generation import eos_ids
 from spectitan.decoding.heldout import heldout_report, heldout_sums
 from spectitan.decoding.report import table, write_report
@@ -41,17 +41,20 @@ def evaluate_run(config: Config, trained: Trained | None) -> dict:
         )
     _, base_path, base_config = locate_base(config, trained)
     tokenizer = load_tokenizer(base_path, base_config.vocab_size)
+    drafts = config.speculator.type != "none" and trained.keys.get("speculator.type") != "none"
+    prompts = load_prompts(config.eval.prompts, tokenizer) if drafts and config.eval.prompts != "none" else []
+    if prompts:
+        select_prompts(prompts, config.eval, base_config)
+    if config.eval.loss_samples and (config.data.val_path or config.data.holdout):
+        check_seq_length(config.data, base_config.max_position_embeddings)
+    elif not prompts:
+        raise UserError("nothing to measure: give eval.prompts (acceptance of a speculator), or data.val_path or data.holdout (loss)")
     base, _ = load_base(config, trained, torch.float32)
     base.to(choose_device())
     speculator = load_speculator_for(config, trained, base)
-    prompts = [] if config.eval.prompts == "none" or speculator is None else load_prompts(config.eval.prompts, tokenizer)
     if prompts:
-        tree_settings(speculator, config.eval, base.config.vocab_size)
-    if config.eval.loss_samples and (config.data.val_path or config.data.holdout):
-        check_seq_length(config.data, base.config.max_position_embeddings)
+        tree_settings(speculator, config.eval, base_config.vocab_size)
     validation = build_validation(config.data, tokenizer, config.eval.loss_samples, config.training.micro_batch_size)
-    if not prompts and not validation:
-        raise UserError("nothing to measure: give eval.prompts (acceptance of a speculator), or data.val_path or data.holdout (loss)")
     overlap = training_overlap(config.data, tokenizer, prompts)
     report = {"step": trained.step} if trained and trained.step is not None else {}
     report |= evaluate_models(base, speculator, tokenizer, prompts, validation, config.eval, seed=config.job.seed, overlap=overlap)

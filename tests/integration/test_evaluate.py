@@ -131,6 +131,20 @@ def test_evaluate_refuses_in_one_line(folders, tmp_path, capsys, changes, words)
     assert not (tmp_path / "run").exists()
 
 
+def test_what_cannot_be_measured_or_written_is_refused_before_the_base_is_read(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spectitan.evaluation.load_base", None)
+    (tmp_path / "file").write_text("")
+    long = tmp_path / "prompts.jsonl"
+    long.write_text(json.dumps({"tokens": [1] * CONTEXT}))
+    for flags, words in (
+        (arguments(folders, tmp_path / "file"), "job.dump_folder"),
+        (arguments(folders, tmp_path / "run", f"--eval.prompts={long}"), f"prompt 0 has {CONTEXT} tokens"),
+        (arguments(folders, tmp_path / "run", "--eval.prompts=none"), "nothing to measure"),
+    ):
+        assert evaluate.main(flags) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_prompt_beyond_the_context_is_named_before_any_is_decoded(folders, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"tokens": [1]}) + "\n" + json.dumps({"tokens": [1] * CONTEXT}))
