@@ -61,8 +61,7 @@ def prepare(config: Config, stop: StopSignal) -> None:
         fill_states(config, open_states(config))
         return
     base_path = resolve_base_path(config.base.path)
-    if config.prepare.token_freq:
-        check_can_be_written("prepare.token_freq", str(Path(config.prepare.token_freq).parent))
+    check_files(config)
     if config.prepare.tokenizer_vocab_size > 0:
         write_tokenizer(config.data, base_path, config.prepare.tokenizer_vocab_size)
     opened = open_states(config) if config.prepare.states else None
@@ -82,6 +81,18 @@ def prepare(config: Config, stop: StopSignal) -> None:
         generate_data(config, tokenizer, prompts)
     if opened is not None:
         fill_states(config, opened)
+
+
+def check_files(config: Config) -> None:
+    """Raises UserError, before any work, for a file to write that is a folder or whose folder may not be written."""
+    files = {"prepare.token_freq": config.prepare.token_freq, "prepare.generate": config.prepare.generate}
+    if config.prepare.num_prompts > 0:
+        files["eval.prompts"] = config.eval.prompts
+    for key, file in files.items():
+        if file and Path(file).is_dir():
+            raise UserError(f"{key} = {file!r} is a folder; allowed: a file")
+        if file:
+            check_can_be_written(key, str(Path(file).parent))
 
 
 def write_tokenizer(data: Data, folder: Path, vocab_size: int) -> None:
@@ -115,7 +126,7 @@ def write_prompts(config: Config, tokenizer: Tokenizer) -> None:
         UserError: the file exists, or ships with the package; there is no held-out text, or too little.
     """
     path, count = Path(config.eval.prompts), config.prepare.num_prompts
-    if path.exists() or config.eval.prompts in ("none", "") or config.eval.prompts.startswith("spectitan:"):
+    if path.exists() or config.eval.prompts == "none" or config.eval.prompts.startswith("spectitan:"):
         given = f"eval.prompts = {config.eval.prompts!r}"
         raise UserError(f"{given}: prepare.num_prompts writes a new file; allowed: a path where there is none")
     datasets, part = validation_datasets(config.data), None if config.data.val_path else HELD_OUT

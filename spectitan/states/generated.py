@@ -36,8 +36,6 @@ def write_generated(
     Raises:
         UserError: the file, or its part, was written with other settings, or is being written; no prompt fits into the text.
     """
-    if path.is_dir():
-        raise UserError(f"prepare.generate = {str(path)!r} is a folder; allowed: a file, new or written by the same command")
     description, partial = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_settings(path, partial, description, settings)

@@ -35,7 +35,7 @@ def whole(world) -> Path:
 
 
 def flags(world, path: Path, **changes) -> list[str]:
-    return world.flags(world.root / "unused", **KEYS | changes, prepare__generate=path)
+    return world.flags(world.root / "unused", **KEYS | {"prepare__generate": path} | changes)
 
 
 def rows_of(path: Path) -> list[list[int]]:
@@ -158,6 +158,8 @@ def test_other_settings_and_what_does_not_fit_are_refused(world, whole, capsys, 
         ({"stage2__prompt_length": 16}, "data.seq_length = 31: stage2.batch_size / training.global_batch_size = 2 prompts"),
         ({"base__variant": "7b"}, "base.variant = '7b' has vocab_size = 32000"),
         ({"base__path": "{tmp_path}/base"}, "the tokenizer has 298 tokens, the model 291"),
+        ({"prepare__generate": "{tmp_path}"}, "is a folder; allowed: a file"),
+        ({"prepare__generate": "{tmp_path}/base/config.json/a"}, "base/config.json: it is no folder"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_tokenising(world, tmp_path, capsys, monkeypatch, changes, named):
