@@ -50,6 +50,7 @@ def check_combinations(config: Config, program: str) -> None:
         value = getattr(getattr(config, section), name)
         _require(value == -1 or value > 0, f"{label} = {value}; allowed: -1, or above 0")
     _require(config.job.dump_folder, 'job.dump_folder = ""; allowed: a folder')
+    _require(config.eval.prompts, 'eval.prompts = ""; allowed: a file, spectitan:NAME, or none')
     name = config.job.run_name
     _require(name in ("", Path(name).name) and name != "..", f"job.run_name = {name!r}; allowed: a name without /")
     check_run_name(name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from pathlib import Path
@@ -17,6 +18,12 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+# Paths that are used as they are given; whoever reads other paths knows "~" itself.
+_FROM_HOME = (
+    "job.dump_folder", "checkpoint.folder", "metrics.dir", "eval.prompts", "export.path", "generate.prompt_file", "prepare.token_freq",
+    "prepare.generate",
+)  # fmt: skip
 
 
 def load(argv: list[str] | None, program: str, speculator_configs: dict[str, type]) -> Config:
@@ -57,7 +64,7 @@ def load(argv: list[str] | None, program: str, speculator_configs: dict[str, typ
 
     made = {name: section() for name, section in classes.items()}
     for label, value in values.items():
-        setattr(made[keys[label].section], keys[label].name, value)
+        setattr(made[keys[label].section], keys[label].name, os.path.expanduser(value) if label in _FROM_HOME else value)
     config = Config(**made)
     config.given = frozenset(values)
     check_combinations(config, program)
@@ -90,7 +97,7 @@ def _flag_value(key: Key, text: str | None) -> object:
 def _read_file(path: str) -> dict:
     content = b""
     try:
-        content = Path(path).read_bytes()
+        content = Path(path).expanduser().read_bytes()
         return tomllib.loads(content.decode())
     except OSError as error:
         raise UserError(f"job.config_file = {path}: {error.strerror}") from None

@@ -35,7 +35,9 @@ class RecurrentConfig:
     """Keys of all recurrent drafters; names as in fms-fsdp and ArcticTraining."""
 
     n_speculator_heads: int = key(3, "heads: tokens drafted in a round", minimum=1, maximum=MAX_HEADS)
-    speculator_width: int = key(-1, "width of the drafter: emb_dim, proj_dim and inner_dim in one; -1: the base's hidden size", minimum=-1)
+    speculator_width: int = key(
+        -1, "width of the drafter: emb_dim, proj_dim and inner_dim in one; -1: the base's hidden size", minimum=-1, maximum=999_999
+    )
     tie_weights: bool = key(True, "one embedding, norm and head for all steps, one projection for all steps after the first")
     scale_input: bool = key(True, "normalise the base's hidden state before the first step")
     emb_dim: int | str = key(-1, 'width of a token\'s embedding, or of its levels: "1024.2048"; -1: speculator_width', minimum=-1)

@@ -106,6 +106,8 @@ def test_family_comes_from_flag_then_file_then_default(toml_file):
         (["--generate.prompt="], "generate", "prompt", ""),
         (["--job.seed", "1", "--job.seed", "2"], "job", "seed", 2),
         (["--job.seed", str(2**63 - 1)], "job", "seed", 2**63 - 1),
+        (["--job.dump_folder=~/runs/a"], "job", "dump_folder", str(Path.home() / "runs" / "a")),
+        (["--checkpoint.folder=s3://~/b"], "checkpoint", "folder", "s3://~/b"),
     ],
 )
 def test_flags(flags, table, name, value):
@@ -125,6 +127,7 @@ def test_flags(flags, table, name, value):
         ('[speculator]\nlevels = "1024"', "speculator", "levels", 1024),
         ('[speculator]\nlevels = "1024.2048"', "speculator", "levels", "1024.2048"),
         ("[generate]\nprompt = '''two\nlines'''", "generate", "prompt", "two\nlines"),
+        ('[export]\npath = "~/e"', "export", "path", str(Path.home() / "e")),
     ],
 )
 def test_file_values(toml_file, text, table, name, value):
@@ -160,6 +163,8 @@ def test_file_values(toml_file, text, table, name, value):
         (["--objective.loss", '{"ce": 0.1'], ["objective.loss", "allowed"]),
         (["--job.deterministic", "yes"], ['job.deterministic = "yes"', "true or false"]),
         (["--job.seed", str(2**63)], ["job.seed = 9223372036854775808"]),
+        (["--training.micro_batch_size", str(10**11)], ["training.micro_batch_size = 100000000000", "at most"]),
+        (["--eval.prompts="], ['eval.prompts = ""; allowed: a file, spectitan:NAME, or none']),
         (["--job.seed", "9" * 5000], ["job.seed", "..."]),
         (["--speculator.levels", "-2"], ["speculator.levels = -2", "an integer or a string, at least -1"]),
         (["--speculator.type", "gamma"], ['speculator.type = "gamma"', "one of alpha, beta, none"]),
