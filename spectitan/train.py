@@ -107,7 +107,6 @@ class Trainer:
             targets = [self.objective.align(batch) for batch in batches]
             agreed = self._agree(samples, batches, targets, stop)
             if agreed.stopping:
-                stop.requested = stop.requested or signal.SIGTERM  # another rank's: all end together
                 break
             self.reporter.sums.add_samples(agreed.targets, agreed.tokens_by_dataset, agreed.tokens, agreed.sample_hash)
             self._train_step(batches, targets, agreed.targets)
@@ -126,6 +125,8 @@ class Trainer:
         if self.step != saved_at:
             self._save()
         self._finish_save()
+        if utils.any_rank(stop.requested is not None):  # perhaps since the last step began: all end together, or none
+            stop.requested = stop.requested or signal.SIGTERM
 
     def _agree(self, samples: list, batches: list, targets: list, stop: StopSignal) -> Agreement:
         # Cleared before it is acted on: a signal that arrives in between counts for the next step.

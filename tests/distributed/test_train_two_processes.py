@@ -91,7 +91,8 @@ def test_under_torchrun(world, whole, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mlp", "base", "muon"])
 def test_a_stop_of_two_and_the_rest_on_one(world, whole, tmp_path, kind):
-    run, flags = tmp_path / "run", SHARDED | KINDS[kind] | {"checkpoint__interval": 100}
+    """Of mlp in a step after which all evaluate."""
+    run, flags = tmp_path / "run", SHARDED | KINDS[kind] | {"checkpoint__interval": 100, "eval__interval": 2 if kind == "mlp" else 0}
     started = processes.start_ranks(2, world.flags(run, **flags), tmp_path / "output", partial(processes.hold_at, 2, tmp_path))
     for rank in range(2):
         processes.wait_for((tmp_path / f"held{rank}").exists, started[rank])
