@@ -117,7 +117,10 @@ def _open_folders(config: Config, base_path: Path, run_folder: RunFolder) -> Che
 def _starting_point(config: Config, checkpointer: Checkpointer) -> Path | None:
     """The checkpoint to go on from: this run's newest valid one, else checkpoint.load_path's, else none."""
     own = checkpointer.newest_valid() if config.checkpoint.resume == "auto" else None
-    return own if own or not config.checkpoint.load_path else find_checkpoint(config.checkpoint.load_path)
+    if own or not config.checkpoint.load_path:
+        return own
+    # Another run may still save there: ranks that looked each for itself could go on from different steps.
+    return utils.on_main(lambda: find_checkpoint(config.checkpoint.load_path))
 
 
 def _make_speculator(config: Config, base_config: DecoderConfig, base_weights: str, checkpoint: Path | None) -> tuple[Speculator, bool]:
@@ -127,6 +130,8 @@ def _make_speculator(config: Config, base_config: DecoderConfig, base_weights: s
     """
     if config.speculator.path:
         trained = open_checkpoint(checkpoint) if checkpoint else find_trained(config)
+        if trained.keys:  # no folder, but perhaps the newest of a run that has saved another since
+            trained = utils.broadcast(trained)
         config.adopt_speculator(*family_keys(trained), source=str(trained.path))
         if not checkpoint:
             check_base(config, trained, base_weights)

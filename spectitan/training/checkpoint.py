@@ -184,7 +184,7 @@ class Checkpointer:
         Raises:
             UserError: there are checkpoints, and all are broken: to start from step 0 then must be the user's decision.
         """
-        folders = utils.broadcast(step_folders(self.folder))
+        folders = utils.on_main(lambda: step_folders(self.folder))
         for path in reversed(folders):
             problem = self._find_problem(path)
             if problem is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,8 +106,11 @@ def test_a_stop_of_two_and_the_rest_on_one(world, whole, tmp_path, kind):
 
 
 def test_one_process_to_two(world, whole, tmp_path):
-    flags = world.flags(tmp_path / "run", **SHARDED, checkpoint__load_path=tiny.checkpoint(whole["mlp"], 3))
-    processes.train_in_ranks(2, flags, tmp_path / "output")
+    """From the folder of a run that still saves: both from what rank 0 finds there."""
+    third, fifth = (tiny.checkpoint(whole["mlp"], step) for step in (3, 5))
+    shutil.copytree(third, tmp_path / "other" / third.name)
+    flags = world.flags(tmp_path / "run", **SHARDED, checkpoint__load_path=tmp_path / "other", job__timeout=600)
+    processes.train_in_ranks(2, flags, tmp_path / "output", partial(processes.save_meanwhile, fifth, tmp_path / "other"))
     assert_close(tmp_path / "run", whole["mlp"], steps=range(4, STEPS + 1))
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -38,9 +39,9 @@ def start_ranks(world_size: int, flags: list[str], output: Path, before=None) ->
     return [start("train", flags, Path(f"{output}{rank}"), _place(rank, world_size, port), before) for rank in range(world_size)]
 
 
-def train_in_ranks(world_size: int, flags: list[str], output: Path) -> None:
+def train_in_ranks(world_size: int, flags: list[str], output: Path, before=None) -> None:
     """The same, and they all end well."""
-    codes = join(start_ranks(world_size, flags, output))
+    codes = join(start_ranks(world_size, flags, output, before))
     assert codes == [0] * world_size, "".join(Path(f"{output}{rank}").read_text() for rank in range(world_size))
 
 
@@ -173,6 +174,20 @@ def hold_at(number: int, folder: Path) -> None:
         stop(*args)
 
     train.step_if_finite, StopSignal._stop = step, told
+
+
+def save_meanwhile(checkpoint: Path, folder: Path) -> None:
+    """After rank 0 has looked for a checkpoint to start from, and before another rank does, there is one more in the folder."""
+    from spectitan.run import inputs
+
+    original = inputs.find_checkpoint
+
+    def find_checkpoint(path):
+        shutil.copytree(checkpoint, folder / checkpoint.name)
+        return original(path)
+
+    if os.environ["RANK"] != "0":
+        inputs.find_checkpoint = find_checkpoint
 
 
 def slow_tokenising(seconds: float = 0.5) -> None:

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spectitan import evaluate, export, generate, train
+from spectitan.distributed import utils
 from spectitan.models.llama import EmbedLLaMA
 from spectitan.models.weights import fingerprint, save_hf
+from spectitan.trained import open_checkpoint
 from spectitan.training.checkpoint_reading import read_state, read_tensors
 from tests.integration import tiny
 from tests.integration.tiny import assert_same_training, checkpoint
@@ -47,6 +49,17 @@ def flags(world: tiny.Tiny, folder: Path, **changes) -> list[str]:
 def exported(source: Path, folder: Path, format: str, *more: str) -> Path:
     assert export.main(["--speculator.path", str(source), "--export.path", str(folder), "--export.format", format, *more]) == 0
     return folder
+
+
+def test_all_ranks_start_from_what_rank_0_has_found(world, source, tmp_path, monkeypatch):
+    """Of a run that still goes on another rank may find a newer checkpoint: this one, to which rank 0 says what it has found."""
+    _, run = source
+    assert train.main(flags(world, tmp_path / "run", speculator__path=run, training__num_steps=3, checkpoint__interval=2)) == 0
+    first, newest = (open_checkpoint(checkpoint(tmp_path / "run", step)) for step in (2, 3))
+    monkeypatch.setattr(utils, "broadcast", lambda value: first if value == newest else value)
+    for name, path in (("told", tmp_path / "run"), ("given", first.path)):
+        assert train.main(flags(world, tmp_path / name, speculator__path=path, training__num_steps=1)) == 0
+    assert_same_training(tmp_path / "told", tmp_path / "given", 1)
 
 
 def test_every_source_starts_the_same_training(world, source, tmp_path):
