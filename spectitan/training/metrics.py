@@ -131,11 +131,14 @@ class MetricsLogger:
         record["data_counts"] = data_counts
         if state_counts:
             record["state_counts"] = state_counts
-        utils.on_main(lambda: _append(self.file, record))
-        if self.file is None:
-            return
-        self._log(scalars | {f"{name}/head_{head}": value for name, values in per_head.items() for head, value in enumerate(values)}, step)
-        logger.info("%s", self._line(step, scalars, per_head, state_counts))
+        heads = {f"{name}/head_{head}": value for name, values in per_head.items() for head, value in enumerate(values)}
+
+        def write() -> None:
+            _append(self.file, record)
+            self._log(scalars | heads, step)
+            logger.info("%s", self._line(step, scalars, per_head, state_counts))
+
+        utils.on_main(write)
 
     def _line(self, step: int, scalars: dict[str, float], per_head: dict[str, list[float]], state_counts: dict[str, int] | None) -> str:
         flops = f"{scalars['flops_per_second'] / 1e12:.3g} TFLOP/s"

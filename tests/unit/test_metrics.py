@@ -1,6 +1,9 @@
+import errno
 import json
 import logging
 import math
+
+import pytest
 
 from spectitan.config.sections import Metrics
 from spectitan.training import metrics
@@ -43,6 +46,30 @@ def test_every_step_appears_once_after_a_resume(tmp_path):
     assert [record["loss"][0] for record in records] == [1.0, 1.0, 2.0, 2.0]
     assert records[0]["tokens_by_dataset"] == {"a": 60, "b": 40} and records[0]["sample_hash"] == "00ff"
     assert all(record["data_counts"] == {"documents split": 3, "dropped: empty": 1} for record in records)
+
+
+def test_what_a_logger_cannot_write_fails_on_every_rank(tmp_path, monkeypatch):
+    """All that rank 0 alone does, its error is told to the others."""
+    told, on_main = [], metrics.utils.on_main
+
+    def telling(work):
+        try:
+            return on_main(work)
+        except OSError as error:
+            told.append(error.strerror)
+            raise
+
+    class Full:
+        def log(self, values, step):
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(metrics.utils, "on_main", telling)
+    to = MetricsLogger(Metrics(loggers=[]), tmp_path, total_steps=40, start_step=0)
+    to.loggers.append(Full())
+    for number, write in enumerate((lambda: to.report(**report(10)), lambda: to.evaluation(10, {"heldout_loss": 2.0})), 1):
+        with pytest.raises(OSError, match="full"):
+            write()
+        assert told == ["full"] * number
 
 
 def test_evaluations_are_kept_and_appear_once_after_a_resume(tmp_path):
