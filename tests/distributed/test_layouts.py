@@ -38,7 +38,7 @@ KINDS = {
     "eagle3": EAGLE3 | FEW | {"speculator__train_head": "true", "speculator__ttt_step_loss_decay": 0.8, "optimizer__name": "muon"},
     "eagle3_reduced": REDUCED,
     "joint": JOINT,
-    "mixtral": JOINT | FEW,
+    "mixtral": JOINT | FEW | {"speculator__type": "lstm", "optimizer__name": "muon"},
     "gpt_bigcode": JOINT | FEW,
     "float32": JOINT | FEW | {"training__compute_dtype": "float32", "objective__loss": "ce"},
 }
