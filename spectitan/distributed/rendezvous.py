@@ -6,6 +6,8 @@ import time
 
 import torch.distributed as dist
 
+from spectitan.errors import UserError
+
 _STARTED, _AGREED = "spectitan/started", "spectitan/agreed"
 _SECONDS_BETWEEN_LOOKS = 0.01
 _PATIENCE_SECONDS = 1800.0  # workers of other machines may start much later
@@ -19,9 +21,16 @@ def fresh_store() -> tuple[dist.Store, int, int]:
     So every process makes a name; rank 0's name becomes the prefix of the store once everyone has seen its own name beside it.
 
     Raises:
+        UserError: environment variables that torchrun sets are missing or wrong, or nobody answers where they say.
         TimeoutError: not all processes have started.
     """
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except (ValueError, dist.DistError) as error:
+        raise UserError(
+            f"the processes of this run do not find each other: {error}; allowed: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun "
+            "sets them, or none"
+        ) from error
     own = secrets.token_hex(16)
     store.set(f"{_STARTED}/{rank}", own)
     prefix, deadline = "", time.monotonic() + _PATIENCE_SECONDS

@@ -2,6 +2,7 @@ import builtins
 import io
 import os
 import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_several_processes_without_sharding_are_refused_before_anyone_waits(monk
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="parallelism.sharding_strategy = none takes one process, 3 were started"):
         init_distributed("none", device="cpu")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("port, words", [(None, "MASTER_PORT expected, but not set"), ("x", "'x'"), ("taken", "EADDRINUSE")])
+def test_processes_that_cannot_meet_are_told_in_one_line(monkeypatch, port, words):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        given |= {"MASTER_PORT": str(taken.getsockname()[1]) if port == "taken" else port} if port else {}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"^the processes of this run do not find each other: .*{words}.*; allowed: RANK, WORLD_SIZE"):
+            init_distributed("none", device="cpu")
     assert not dist.is_initialized()
 
 
