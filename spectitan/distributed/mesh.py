@@ -101,10 +101,6 @@ class Distributed:
     world_size: int
     owns_group: bool
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     def close(self) -> None:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
