@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +12,8 @@ from spectitan.errors import UserError
 from spectitan.files import write_whole
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_TO_APPEAR = 90.0  # a client of NFS may remember for a minute that there was no such folder
 
 
 def check_can_be_written(key: str, folder: str) -> None:
@@ -76,17 +79,34 @@ class RunFolder:
             logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
 
     def begin(self, config_toml: str, resume: str) -> None:
-        """Moves the folder of an earlier run aside, if checkpoint.resume is never; makes the folders, locks them, writes config.toml."""
+        """Moves the folder of an earlier run aside, if checkpoint.resume is never; makes the folders, locks them, writes config.toml.
+
+        Raises:
+            UserError: another process is training in one of them, or a rank does not see them.
+        """
         moved = move_aside(self.path) if resume == "never" else None
         if moved:
             logger.info("checkpoint.resume = never: the folder of an earlier run is now %s", moved)
         utils.on_main(lambda: self._begin(config_toml))
+        utils.together(self._check_is_shared)
 
     def _begin(self, config_toml: str) -> None:
         for folder in self._folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         write_whole(self.path / "config.toml", config_toml)  # the file may be the one that this run was started with
+
+    def _check_is_shared(self) -> None:
+        """Every rank writes its part of a checkpoint: a folder of rank 0's machine alone would be found out at the first one."""
+        deadline = time.monotonic() + _SECONDS_TO_APPEAR
+        for key, folder in self._folders.items():
+            while not folder.is_dir():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{key} = {str(folder)!r}: process {utils.rank()} does not see the folder that process 0 has made; allowed: one that "
+                        "all machines share"
+                    )
+                time.sleep(0.1)
 
     def close(self) -> None:
         """Releases the locks."""

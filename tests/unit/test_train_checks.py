@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +12,9 @@ from spectitan.data.validation import check_seq_length, check_steps_fit
 from spectitan.errors import UserError
 from spectitan.run.folders import check_export, folders_to_write, paths_to_read
 from spectitan.speculators.registry import SPECULATOR_CONFIGS
+from spectitan.training import run_folder
 from spectitan.training.batch_layout import check_batch_fits
-from spectitan.training.run_folder import check_can_be_moved, check_can_be_written
+from spectitan.training.run_folder import RunFolder, check_can_be_moved, check_can_be_written
 
 
 def config_of(**changes):
@@ -46,6 +48,29 @@ def test_a_file_in_the_runs_folder_where_another_is_to_be_written(tmp_path, name
     if resume == "auto":
         with pytest.raises(UserError, match=f"^{key} = '{tmp_path / name}': {tmp_path / name}: it is no folder$"):
             check_can_be_written(key, folders[key])
+
+
+@pytest.mark.parametrize("seen", [(), ("run",), ("run", "checkpoints")])
+def test_folders_of_rank_0s_machine_alone(tmp_path, monkeypatch, seen):
+    """Rank 0 has made both; of them another sees `seen`, and not at once."""
+    slept = [0.0]
+
+    def sleep(seconds):
+        slept.append(slept[-1] + seconds)
+        for name in seen:
+            (tmp_path / name).mkdir(exist_ok=True)
+
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: slept[-1], sleep=sleep))
+    monkeypatch.setattr(run_folder.utils, "on_main", lambda work: None)
+    problem = contextlib.nullcontext()
+    if len(seen) < 2:
+        key = ("job.dump_folder", "checkpoint.folder")[len(seen)]
+        problem = pytest.raises(
+            UserError, match=f"^{key} = .*: process 0 does not see the folder that process 0 has made; allowed: one that"
+        )
+    with problem:
+        RunFolder(tmp_path / "run", str(tmp_path / "checkpoints")).begin("", resume="auto")
+    assert len(slept) == 2 if len(seen) == 2 else slept[-1] > 60
 
 
 @pytest.mark.parametrize("inside", [".", "sub/file"])
