@@ -162,10 +162,8 @@ class Data:
 class Training:
     num_steps: int = key(-1, "optimizer steps of the whole run; -1: from training.epochs", minimum=-1)
     epochs: float = key(-1.0, "passes over the data, if num_steps is -1", minimum=-1)
-    global_batch_size: int = key(
-        -1, "samples in an optimizer step, over all ranks; -1: micro_batch_size times ranks", minimum=-1, maximum=999_999
-    )
-    micro_batch_size: int = key(8, "samples in one forward of one rank", minimum=1, maximum=999_999)
+    global_batch_size: int = key(-1, "samples in an optimizer step, over all ranks; -1: micro_batch_size times ranks", minimum=-1)
+    micro_batch_size: int = key(8, "samples in one forward of one rank", minimum=1)
     compute_dtype: str = key(
         "auto",
         "auto: bfloat16 where the hardware is fast at it, else float32; masters stay float32",
