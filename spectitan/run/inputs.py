@@ -15,6 +15,7 @@ from spectitan.distributed.tensor_parallel import check_tensor_parallel
 from spectitan.errors import UserError
 from spectitan.models.decoder import DecoderConfig
 from spectitan.models.families import arch_of
+from spectitan.models.hf_config import hf_class
 from spectitan.models.registry import choose_config
 from spectitan.models.weights import fingerprint, resolve_base_path
 from spectitan.run.folders import check_export, folders_to_write, paths_to_read
@@ -80,6 +81,7 @@ def find_inputs(config: Config, world: Distributed, run_folder: RunFolder) -> In
     store = _open_store(config, base_config, base_weights, speculator.taps)
     if config.export.format not in ("hf", "none") and config.speculator.type != "none":
         choose_format(speculator, config.export.format)
+        hf_class(base_path)  # which the export names: base.variant may have made its config.json unnecessary until then
     prompts_of_each, sample_tokens = 1, config.data.seq_length
     if config.stage2.start_step >= 0:
         prompts_of_each = prompts_per_sample(

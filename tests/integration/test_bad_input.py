@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from spectitan.chats import process
 from spectitan.data.tokenizer import train_bpe
+from spectitan.models.hf_config import read_config
+from spectitan.models.registry import register_model
 from tests.integration import tiny
 from tests.integration.tiny import PROGRAMS, SHORT
 
@@ -272,6 +274,15 @@ def test_a_base_that_cannot_be_read(world, run, refused, base, damage, words, pr
     changes = SHORT | ({"checkpoint__resume": "never"} if program == "train" else {"generate__prompt": "def"})
     line = refused(world.flags(run, **changes, base__path=base), program)
     assert all(word in line for word in words), line
+
+
+def test_a_base_by_its_variant_whose_export_could_not_name_it(world, run, refused, base):
+    register_model("embedllama", "tiny", read_config(base))
+    no_config(base)
+    line = refused(
+        world.flags(run, **SHORT | {"export__format": "auto"}, checkpoint__resume="never", base__path=base, base__variant="tiny")
+    )
+    assert f"{base}/config.json: no such file" in line
 
 
 # ---- really started (evaluate, generate and export: in their own tests) ----
