@@ -214,12 +214,12 @@ def truncate_after(path: str | os.PathLike, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        write_whole(path, b"".join(kept).decode())
+        write_whole(path, b"".join(kept))
 
 
 def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -94,7 +94,7 @@ def test_truncate_after_leaves_a_good_file_untouched(tmp_path):
     before = path.stat().st_mtime_ns, path.stat().st_ino
     truncate_after(path, 5)
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
-    path.write_text('{"step": 1}\nnot json\n[]\n{"step": 7}\n{"step": 5}')
+    path.write_text('{"step": 1}\nnot json\n[]\n{"step": "x"}\n{"step": 7}\n{"step": 5}')
     truncate_after(path, 6)
     assert path.read_text() == '{"step": 1}\n'
 
