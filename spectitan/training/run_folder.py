@@ -18,7 +18,7 @@ _SECONDS_TO_APPEAR = 90.0  # a client of NFS may remember for a minute that ther
 
 def check_can_be_written(key: str, folder: str) -> None:
     """Raises UserError, naming the configuration key, unless the folder is one, or could be made."""
-    existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problem = "it may not be written" if existing.is_dir() else "it is no folder"
         raise UserError(f"{key} = {folder!r}: {existing}: {problem}")

@@ -38,6 +38,14 @@ def test_folders_that_are_not_written_are_not_checked():
     assert folders_to_write(unused) == {"job.dump_folder": "run", "checkpoint.folder": "run/checkpoints"}
 
 
+def test_a_link_to_a_disk_that_is_not_there(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match=f"^checkpoint.folder = .*: {tmp_path / 'link'}: it is no folder$"):
+        check_can_be_written("checkpoint.folder", str(tmp_path / "link" / "sub"))
+    (tmp_path / "disk").mkdir()
+    check_can_be_written("checkpoint.folder", str(tmp_path / "link" / "sub"))
+
+
 @pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize("name, key", [("checkpoints", "checkpoint.folder"), ("export", "export.path")])
 def test_a_file_in_the_runs_folder_where_another_is_to_be_written(tmp_path, name, key, resume):
