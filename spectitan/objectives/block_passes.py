@@ -1,6 +1,11 @@
-"""The row pass of a chunk of logits, block by block, and the memory that it takes: on a CPU, or on a GPU without Triton."""
+"""The row pass of a chunk of logits, block by block: on a CPU, or on a GPU without Triton.
 
-from collections.abc import Mapping
+Compiled, the operations on a block become a few loops over each of its rows, which stay in a core's cache. Otherwise they run one by
+one, and all blocks share their memory.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -9,6 +14,14 @@ from spectitan.objectives import mixture_pass, row_passes
 from spectitan.objectives.row_passes import Distributions
 
 _BLOCK_LOGITS = 1 << 20  # in float32 they stay in a CPU's cache
+
+_compiles = False
+
+
+def compile_passes(compiled: bool) -> None:
+    """Whether the passes made from now on are compiled, at their first use and for any number of rows."""
+    global _compiles
+    _compiles = compiled
 
 
 def block_pass(weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor) -> "BlockPass":
@@ -24,91 +37,167 @@ class BlockPass:
     """Subclasses say what is done to a block.
 
     Attributes:
-        teacher_dtype: of the teacher's logits, that of statistics.
+        copies_teacher: the memory of the logits that `read_teacher` was given is free after it.
     """
 
+    scratch = 0  # as much memory as a block has, in the dtype of statistics: so many times
+
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
-        self.head, self.teacher_dtype = head, torch.promote_types(head.dtype, torch.float32)
+        self.head, self.dtype, self.compiled = head, torch.promote_types(head.dtype, torch.float32), _compiles
+        self.copies_teacher = head.dtype != self.dtype
+        block_rows = _BLOCK_LOGITS // len(head)
+        if self.compiled:
+            block_rows = max(block_rows, torch.get_num_threads())  # a thread takes whole rows
         on_cpu = head.device.type == "cpu"  # a GPU takes a chunk at once
-        self.block_rows = max(1, min(chunk_rows, _BLOCK_LOGITS // len(head))) if on_cpu else chunk_rows
-        self.memory_rows = min(rows, self.block_rows)
-        self.wide = self._memory() if head.dtype != self.teacher_dtype else None
+        self.block_rows = max(1, min(chunk_rows, block_rows)) if on_cpu else chunk_rows
+        count = 0 if self.compiled else self.scratch + self.copies_teacher
+        self.memory = [self._memory(min(rows, self.block_rows)) for _ in range(count)]
 
-    def _memory(self) -> Tensor:
-        return self.head.new_empty(self.memory_rows, len(self.head), dtype=self.teacher_dtype)
+    def read_teacher(self, logits: Tensor) -> None:
+        """Takes in a chunk's teachers: logits [U, V], which it overwrites."""
+        raise NotImplementedError
 
-    def score(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(self, logits: Tensor, targets: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
         """Leaves the gradient in the logits' place, but for a factor of each row.
 
         Args:
             logits: [rows, V], of a chunk.
             targets: int64 [rows, 1]; -1: none.
-            teacher_logits: [U, V]; overwritten.
-            place: int64 [rows], each row's among them.
+            place: int64 [rows], each row's among the teachers.
 
         Returns:
             row_stats: [rows, 3].
             factors: [rows, 1].
         """
-        if teacher_logits is not None:
-            self._read_teacher(teacher_logits)
         results = []
         for start in range(0, len(logits), self.block_rows):
             rows = slice(start, start + self.block_rows)
-            block = logits[rows] if self.wide is None else self.wide[: len(logits[rows])].copy_(logits[rows])
-            results.append(self._score_block(block, targets[rows], None if place is None else place[rows]))
-            if self.wide is not None:
-                logits[rows] = block
+            results.append(self._score_block(logits[rows], targets[rows], None if place is None else place[rows]))
         row_stats, factors = (torch.cat(parts) for parts in zip(*results))
         return row_stats, factors
 
-    def _read_teacher(self, logits: Tensor) -> None:
-        """Prepares all blocks of a chunk."""
-
     def _score_block(self, logits: Tensor, targets: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`score` of a block, in the dtype of statistics."""
+        """`score` of a block."""
         raise NotImplementedError
+
+    def _memory(self, rows: int) -> Tensor:
+        return self.head.new_empty(rows, len(self.head), dtype=self.dtype)
+
+    def _run(self, operations: Callable, logits: Tensor, *inputs):
+        """operations(scratch, logits, *inputs), compiled if this pass is: then there is no scratch."""
+        if not self.compiled:
+            return operations([memory[: len(logits)] for memory in self.memory], logits, *inputs)
+        for x in (logits, *inputs):
+            if isinstance(x, Tensor):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return _compiled(operations)([], logits, *inputs)
 
 
 class CePass(BlockPass):
     def _score_block(self, logits: Tensor, targets: Tensor, place: None) -> tuple[Tensor, Tensor]:
-        return row_passes.ce(logits, targets)
+        return self._run(_ce, logits, targets)
 
 
-class KlDivPass(BlockPass):
+class _TeacherPass(BlockPass):
+    """Of losses against a teacher. Subclasses say what it is asked once, as `ask_teacher`, with `_run`'s arguments."""
+
+    scratch = 2
+
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
         super().__init__(rows, chunk_rows, head)
-        self.p, self.scratch = self._memory(), self._memory()
+        self.copy = self._memory(min(rows, chunk_rows)) if self.copies_teacher else None
 
-    def _read_teacher(self, logits: Tensor) -> None:
-        blocks = [row_passes.distributions(block, self.scratch[: len(block)]) for block in logits.split(self.block_rows)]
-        self.teacher = Distributions(logits, *(torch.cat(parts) for parts in list(zip(*blocks))[1:]))
+    def read_teacher(self, logits: Tensor) -> None:
+        answers = []
+        for start in range(0, len(logits), self.block_rows):
+            rows = slice(start, min(start + self.block_rows, len(logits)))
+            answers.append(self._run(self.ask_teacher, logits[rows], None if self.copy is None else self.copy[rows]))
+        kept = logits if self.copy is None else self.copy[: len(logits)]
+        self.teacher = kept, *(torch.cat(column) for column in zip(*answers))
+
+
+class KlDivPass(_TeacherPass):
+    @staticmethod
+    def ask_teacher(scratch: list[Tensor], logits: Tensor, copy: Tensor | None) -> tuple[Tensor, ...]:
+        """Columns of Distributions, whose `unnormalised` takes the place of the copy, or else of the logits."""
+        return row_passes.distributions(_keep(logits, copy), _take(scratch))[1:]
 
     def _score_block(self, logits: Tensor, targets: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        return row_passes.kl_div(logits, self.teacher.select(place, self.p[: len(logits)]), self.scratch[: len(logits)])
+        return self._run(_kl_div, logits, place, *self.teacher)
 
 
-class MixturePass(BlockPass):
+class MixturePass(_TeacherPass):
     def __init__(self, rows: int, chunk_rows: int, head: Tensor, weights: Mapping[str, float]):
         super().__init__(rows, chunk_rows, head)
-        self.weights, self.selected = dict(weights), self._memory()
+        self.weights = dict(weights)
 
-    def _read_teacher(self, logits: Tensor) -> None:
-        self.teacher_logits, self.best = logits, row_passes.argmax(logits)
+    @staticmethod
+    def ask_teacher(scratch: list[Tensor], logits: Tensor, copy: Tensor | None) -> tuple[Tensor, ...]:
+        """The largest of the logits."""
+        return (row_passes.argmax(_keep(logits, copy)),)
 
     def _score_block(self, logits: Tensor, targets: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_logits = torch.index_select(self.teacher_logits, 0, place, out=self.selected[: len(logits)])
-        run = mixture_pass.run if len(logits) == self.block_rows else mixture_pass.mixture  # blocks of one size are compiled once
-        row_stats = run(logits, targets, teacher_logits, self.best[place], self.weights)
-        return row_stats, row_stats.new_ones(len(row_stats), 1)
+        return self._run(_mixture, logits, targets, place, *self.teacher, self.weights)
 
 
 class RehearsedPass:
     """Takes the memory that TritonPass takes, and does nothing."""
 
-    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor):
-        self.teacher_dtype = head.dtype
+    copies_teacher = False
 
-    def score(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor):
+        pass
+
+    def read_teacher(self, logits: Tensor) -> None:
+        pass
+
+    def score(self, logits: Tensor, targets: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
         row_stats = logits.new_empty(len(logits), 3, dtype=torch.float32)
         return row_stats, row_stats.new_ones(len(logits), 1)
+
+
+# ---- what is done to a block: a pass in the dtype of statistics, with its result back in the logits' place ----
+
+
+def _ce(scratch: list[Tensor], logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _widen(logits, scratch)
+    results = row_passes.ce(wide, targets)
+    logits.copy_(wide)
+    return results
+
+
+def _kl_div(scratch: list[Tensor], logits: Tensor, place: Tensor, *teacher: Tensor) -> tuple[Tensor, Tensor]:
+    wide, of_rows = _widen(logits, scratch), Distributions(*teacher).select(place, _take(scratch))
+    results = row_passes.kl_div(wide, of_rows, _take(scratch))
+    logits.copy_(wide)
+    return results
+
+
+def _mixture(
+    scratch: list[Tensor], logits: Tensor, targets: Tensor, place: Tensor, teacher_logits: Tensor, best: Tensor, weights: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    wide, of_rows = _widen(logits, scratch), torch.index_select(teacher_logits, 0, place, out=_take(scratch))
+    row_stats = mixture_pass.mixture(wide, targets, of_rows, best[place], weights)
+    logits.copy_(wide)
+    return row_stats, torch.ones_like(row_stats[:, :1])
+
+
+def _widen(logits: Tensor, scratch: list[Tensor]) -> Tensor:
+    """In the dtype of statistics: the logits themselves, where they are."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.dtype == dtype:
+        return logits
+    return scratch.pop().copy_(logits) if scratch else logits.to(dtype)
+
+
+def _keep(logits: Tensor, copy: Tensor | None) -> Tensor:
+    return logits if copy is None else copy.copy_(logits)
+
+
+def _take(scratch: list[Tensor]) -> Tensor | None:
+    return scratch.pop() if scratch else None
+
+
+@functools.cache
+def _compiled(operations: Callable) -> Callable:
+    return torch.compile(operations)

@@ -130,25 +130,21 @@ class _Chunks:
         self.logits = weight.new_empty(min(rows, chunk_rows), len(weight))
         if teacher is not None:
             self.teacher_rows = teacher.rows.cpu()
-            self.teacher_logits = torch.empty_like(self.logits, dtype=self.row_pass.teacher_dtype)
+            self.teacher_logits = self.logits if self.row_pass.copies_teacher else torch.empty_like(self.logits)
 
     def score(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """row_stats of a chunk; d_logits [rows, V] and factors [rows, 1], whose product is the gradient on its logits."""
-        teacher_logits, place = (None, None) if self.teacher is None else self._teachers(self.teacher_rows[rows])
+        place = None if self.teacher is None else self._read_teachers(self.teacher_rows[rows])
         logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
-        row_stats, factors = self.row_pass.score(logits, self.targets[rows], teacher_logits, place)
+        row_stats, factors = self.row_pass.score(logits, self.targets[rows], place)
         return row_stats, logits, factors
 
-    def _teachers(self, teacher_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the distinct rows among teacher_rows; and the place of each row among them."""
+    def _read_teachers(self, teacher_rows: Tensor) -> Tensor:
+        """The distinct rows among teacher_rows; returns the place of each row among them."""
         distinct, place = torch.unique_consecutive(teacher_rows, return_inverse=True)
         hidden = self.teacher.hidden[to_device(distinct, self.logits.device)]
-        logits = self.teacher_logits[: len(hidden)]
-        if logits.dtype == self.logits.dtype:
-            torch.mm(hidden, self.teacher.weight.T, out=logits)
-        else:
-            logits.copy_(torch.mm(hidden, self.teacher.weight.T, out=self.logits[: len(hidden)]))
-        return logits, to_device(place, self.logits.device)
+        self.row_pass.read_teacher(torch.mm(hidden, self.teacher.weight.T, out=self.teacher_logits[: len(hidden)]))
+        return to_device(place, self.logits.device)
 
 
 def _row_pass(weight: Tensor) -> Callable:

@@ -50,11 +50,3 @@ def mixture(logits: Tensor, targets: Tensor, teacher_logits: Tensor, best: Tenso
     logits.copy_(gradient.scatter_add(1, best, -of_best).scatter_add(1, targets, -of_target))
     return torch.cat([loss, correct, alpha], 1)
 
-
-run = mixture
-
-
-def compile_mixtures(compiled: bool) -> None:
-    """Whether `run` is compiled from now on: for each mixture and size of a block at its first use."""
-    global run
-    run = torch.compile(mixture, dynamic=False) if compiled else mixture

@@ -29,14 +29,19 @@ _overlap, _of_alpha = _jit(token_terms.overlap), _jit(token_terms.of_alpha)
 class TritonPass:
     """As BlockPass, of a whole chunk at once."""
 
-    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor):
-        self.weights, self.teacher_dtype = {name: float(weights.get(name, 0)) for name in LOSSES}, head.dtype
+    copies_teacher = False
 
-    def score(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, place: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __init__(self, weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor):
+        self.weights, self.teacher_logits = {name: float(weights.get(name, 0)) for name in LOSSES}, None
+
+    def read_teacher(self, logits: Tensor) -> None:
+        self.teacher_logits = logits
+
+    def score(self, logits: Tensor, targets: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
         rows, vocabulary = logits.shape
         row_stats = logits.new_empty(rows, 3, dtype=torch.float32)
         block = min(triton.next_power_of_2(vocabulary), 4096)  # not measured, as the number of warps
-        _score_row[(rows,)](logits, targets, teacher_logits, place, row_stats, vocabulary, block, **self.weights, num_warps=8)
+        _score_row[(rows,)](logits, targets, self.teacher_logits, place, row_stats, vocabulary, block, **self.weights, num_warps=8)
         return row_stats, row_stats.new_ones(rows, 1)
 
 

@@ -175,16 +175,24 @@ def test_the_pass_of_mixtures_on_given_logits(loss):
     assert_near(logits, expected_gradient, 1e-5)
 
 
-def test_compiled_mixtures(monkeypatch):
-    """Blocks of the full size run compiled, what is left over eagerly; all equal the oracle."""
-    compiled = []
-    monkeypatch.setattr(mixture_pass, "run", mixture_pass.run)
+@pytest.mark.parametrize("loss", FAST_AND_ALL)
+def test_compiled_passes(monkeypatch, loss):
+    """One graph takes full blocks, what is left of them, and teachers, in float32 and from bfloat16 as the passes that are not compiled."""
+    monkeypatch.setattr(block_passes, "_compiles", True)
     monkeypatch.setattr(block_passes, "_BLOCK_LOGITS", 8 * 1009)
-    mixture_pass.compile_mixtures(True)
-    run = mixture_pass.run
-    monkeypatch.setattr(mixture_pass, "run", lambda logits, *args: compiled.append(len(logits)) or run(logits, *args))
-    assert_equals_oracle(make_case(45), ALL, 1e-5, chunk_rows=20)
-    assert compiled == [8, 8] * 2
+    torch._dynamo.reset()
+    assert_equals_oracle(make_case(45), loss, 1e-5, chunk_rows=20)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_equals_oracle(make_case(67, seed=1), loss, 1e-5, chunk_rows=30)
+
+    case = make_case(45, dtype=torch.bfloat16)
+    total, row_stats = fused(case, loss, 20)
+    gradients = torch.autograd.grad(total, case[:2])
+    monkeypatch.setattr(block_passes, "_compiles", False)
+    expected, expected_stats = fused(case, loss, 20)
+    assert_near(row_stats, expected_stats.double(), 1e-5)
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, case[:2])):
+        assert_near(actual, wanted.double(), 0.01)
 
 
 @pytest.mark.parametrize("loss", [*SOFT, ALL])
