@@ -34,8 +34,8 @@ import torch
 
 from spectitan.config.loss_mixture import needs_teacher
 from spectitan.objectives import losses
-from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 from spectitan.objectives.block_passes import compile_passes
+from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 
 ALLOCATORS = {
     "glibc": {"THP_MEM_ALLOC_ENABLE": "0"},

@@ -120,7 +120,11 @@ class KlDivPass(_TeacherPass):
     @staticmethod
     def ask_teacher(scratch: list[Tensor], logits: Tensor, copy: Tensor | None) -> tuple[Tensor, ...]:
         """Columns of Distributions, whose `unnormalised` takes the place of the copy, or else of the logits."""
-        return row_passes.distributions(_keep(logits, copy), _take(scratch))[1:]
+        wide = logits if copy is None else copy.copy_(logits) if scratch else logits.to(copy.dtype)
+        found = row_passes.distributions(wide, _take(scratch))
+        if copy is not None:
+            copy.copy_(wide)
+        return found[1:]
 
     def _score_block(self, logits: Tensor, targets: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(_kl_div, logits, place, *self.teacher)
@@ -134,7 +138,7 @@ class MixturePass(_TeacherPass):
     @staticmethod
     def ask_teacher(scratch: list[Tensor], logits: Tensor, copy: Tensor | None) -> tuple[Tensor, ...]:
         """The largest of the logits."""
-        return (row_passes.argmax(_keep(logits, copy)),)
+        return (row_passes.argmax(logits if copy is None else copy.copy_(logits)),)
 
     def _score_block(self, logits: Tensor, targets: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(_mixture, logits, targets, place, *self.teacher, self.weights)
@@ -188,10 +192,6 @@ def _widen(logits: Tensor, scratch: list[Tensor]) -> Tensor:
     if logits.dtype == dtype:
         return logits
     return scratch.pop().copy_(logits) if scratch else logits.to(dtype)
-
-
-def _keep(logits: Tensor, copy: Tensor | None) -> Tensor:
-    return logits if copy is None else copy.copy_(logits)
 
 
 def _take(scratch: list[Tensor]) -> Tensor | None:

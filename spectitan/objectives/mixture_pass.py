@@ -49,4 +49,3 @@ def mixture(logits: Tensor, targets: Tensor, teacher_logits: Tensor, best: Tenso
     gradient = q * (slope - (q * slope).sum(1, keepdim=True) + of_best + of_target)
     logits.copy_(gradient.scatter_add(1, best, -of_best).scatter_add(1, targets, -of_target))
     return torch.cat([loss, correct, alpha], 1)
-

@@ -161,7 +161,7 @@ class Eagle3Speculator(Speculator):
         output, rows, _ = targets.extra
         host, text, final = targets.host or targets, batch.tokens.flatten(), states.final.detach().flatten(0, 1)
         attention = TTTAttention(self.config.attention, batch.document_ids, host.extra[2], rows)
-        hidden = self.norm(self._unroll(batch, states, rows, attention, readout).index_select(0, output))
+        hidden = self._unroll(batch, states, rows, attention, readout).index_select(0, output)
         tokens = text[targets.teacher + 1]
         inside, ids = torch.ones_like(tokens, dtype=torch.bool), tokens
         if self.reduced:
@@ -187,8 +187,8 @@ class Eagle3Speculator(Speculator):
         return collect_loss(total, torch.cat([row_stats, own.to(row_stats.dtype)], 1), targets, len(text))
 
     def _unroll(self, batch: TokenBatch, states: BaseStates, rows: Tensor, attention: TTTAttention, readout: Readout) -> Tensor:
-        """Outputs of all steps, one after another: [T + (steps - 1) * R, hidden], of the T = batch * seq rows at step 0 and of the
-        R that go on after it."""
+        """What the head reads, of all steps one after another: [T + (steps - 1) * R, hidden], of the T = batch * seq rows at step 0
+        and of the R that go on after it."""
         text, hidden = batch.tokens.flatten(), self._join(states.taps).view(1, -1, self.hidden_size)
         row, position = torch.arange(len(text), device=text.device), positions_in_documents(batch.document_ids).flatten()
         embedded, memories, outputs = self._embed(text, readout), [Memory() for _ in self.layers], []
@@ -206,8 +206,8 @@ class Eagle3Speculator(Speculator):
                 residual, queries, keys, values = layer.project(hidden, taken_in[None], rotation)
                 memory.add(keys, values)
                 hidden = layer.finish(residual, attention(queries, memory, layer.window))
-            outputs.append(hidden)
-            hidden = self._passed_on(hidden)
+            outputs.append(self.norm(hidden))
+            hidden = outputs[-1] if self.config.norm_output else hidden
         return torch.cat(outputs, 1)[0]
 
     def _join(self, taps: tuple[Tensor, ...]) -> Tensor:
@@ -240,7 +240,7 @@ class Eagle3Speculator(Speculator):
         def choose(readout: Readout, hidden: Tensor) -> Tensor:
             return argmax_tokens(hidden, self._head(readout).to(hidden.dtype))
 
-        ids = readout.call(choose, self.norm(output[0]))
+        ids = readout.call(choose, output[0])
         return self.draft_ids[ids] if self.reduced else ids
 
     def _frequencies_on(self, x: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ ROWS = torch.tensor([0, 0, 1, 3, 3, 5, 6], device=DEVICE)  # each one's teacher
 
 def run(loss, logits, targets, teacher_logits):
     """row_stats and gradient."""
-    teacher = (teacher_logits, ROWS[: len(logits)]) if needs_teacher(loss) else (None, None)
-    row_stats, factors = triton_pass.TritonPass(loss_weights(loss), len(logits), len(logits), logits).score(logits, targets, *teacher)
+    row_pass = triton_pass.TritonPass(loss_weights(loss), len(logits), len(logits), logits)
+    if needs_teacher(loss):
+        row_pass.read_teacher(teacher_logits)
+    row_stats, factors = row_pass.score(logits, targets, ROWS[: len(logits)] if needs_teacher(loss) else None)
     return row_stats, logits * factors
 
 
