@@ -2,7 +2,7 @@
 
     python benchmarks/fused_loss.py
     python benchmarks/fused_loss.py --shapes 32000x512x6144 --chunk-rows 128 256 512 1024
-    python benchmarks/fused_loss.py --shapes 32000x512x6144 --losses kl_div tv jsd '{"ce": 0.1, "tv": 0.9}' --compile
+    python benchmarks/fused_loss.py --shapes 32000x512x6144 --losses tv lk_hybrid '{"ce": 0.1, "tv": 0.9}' --eager
 
 A call is forward and backward, both gradients, nothing of a training step beside it. Ways:
 
@@ -11,7 +11,7 @@ unfused   objectives/losses.py under autograd, all logits at once
 products  the floor: logits, both gradients and, but for ce, the logits of the distinct teacher rows; each one matrix product of
           all rows into memory that is there already
 
-With --compile, fused compiles the passes of mixtures, as training does where there is a C++ compiler.
+fused is compiled, as in training where there is a C++ compiler; with --eager it is not.
 
 Each way runs in a process of its own and they take turns, so that whatever else the machine does meets all alike; figures are
 medians. On a machine that others use too, compare processor time, with one thread. Memory is the peak of resident memory in a
@@ -39,7 +39,7 @@ from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 
 ALLOCATORS = {
     "glibc": {"THP_MEM_ALLOC_ENABLE": "0"},
-    "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},  # as spectitan.train
+    "as in training": {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_THRESHOLD_": str(8 << 20)},
     "raised thresholds": {"THP_MEM_ALLOC_ENABLE": "0", "MALLOC_MMAP_THRESHOLD_": str(16 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)},
 }
 HEADS = 3
@@ -51,7 +51,7 @@ def main() -> None:
         "--shapes", nargs="+", default=["32000x512x6144", "4096x256x6144", "128000x512x2048"], help="vocabulary x width x rows"
     )
     parser.add_argument("--losses", nargs="+", default=["ce", "kl_div"])
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--chunk-rows", nargs="+", type=int, default=[-1])
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=list(ALLOCATORS))
     parser.add_argument("--dtype", default="float32")
@@ -71,7 +71,7 @@ def main() -> None:
             for loss in arguments.losses
             for row in compare(arguments, allocator, shape, loss)
         ],
-        "compiled": arguments.compile,
+        "compiled": not arguments.eager,
         "dtype": arguments.dtype,
         "threads": arguments.threads,
         "repeats": arguments.repeats,
@@ -84,12 +84,12 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, allocator: str, shape: str, loss: str) -> list[dict]:
     """All ways at one shape, in turns; prints and returns their rows of the table."""
-    compiled = ["--compile"] if arguments.compile else []
+    eager = ["--eager"] if arguments.eager else []
     ways = [("products", -1), ("unfused", -1), *(("fused", chunk_rows) for chunk_rows in arguments.chunk_rows)]
     options = ["--threads", str(arguments.threads), "--dtype", arguments.dtype, "--shapes", shape, "--losses", loss]
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--way", way, "--chunk-rows", str(chunk_rows), *options, *compiled],
+            [sys.executable, __file__, "--way", way, "--chunk-rows", str(chunk_rows), *options, *eager],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -130,7 +130,7 @@ def call(process: subprocess.Popen) -> dict:
 def measure(arguments: argparse.Namespace) -> None:
     """A measuring process: one call for each line of standard input."""
     torch.set_num_threads(arguments.threads)
-    compile_passes(arguments.compile)
+    compile_passes(not arguments.eager)
     vocabulary, width, rows = map(int, arguments.shapes[0].split("x"))
     run = prepare(arguments.way, arguments.losses[0], vocabulary, width, rows, getattr(torch, arguments.dtype), arguments.chunk_rows[0])
     before = resident("VmRSS")

@@ -1,8 +1,7 @@
 """What is done to a block of logits between its matrix products: each row's statistics, and the gradient in the logits' place.
 
 Softmaxes stay unnormalised: a pass leaves normaliser * gradient behind and returns 1 / normaliser, which is cheaper to apply
-to the rows of hidden states, shorter by far. Passes work in place and in given scratch memory, on blocks that stay in a CPU's
-cache; there they are as fast as a loop compiled for the purpose.
+to the rows of hidden states, shorter by far. Passes work in place and in scratch memory, which they need not be given.
 
 Shapes: logits and scratch [rows, V] in the dtype of statistics; columns are [rows, 1]; row_stats [rows, 3] are loss in nats,
 correct and alpha.
@@ -27,8 +26,8 @@ class Distributions(NamedTuple):
     negative_entropy: Tensor  # [U, 1], sum p log p, in nats
     best: Tensor  # int64 [U, 1], argmax p
 
-    def select(self, rows: Tensor, memory: Tensor) -> "Distributions":
-        """Those of some rows, int64 [R], the largest part in given memory [R, V]."""
+    def select(self, rows: Tensor, memory: Tensor | None) -> "Distributions":
+        """Those of some rows, int64 [R]; the largest part in memory [R, V], if it is given."""
         return Distributions(torch.index_select(self.unnormalised, 0, rows, out=memory), *(column[rows] for column in self[1:]))
 
 
@@ -46,7 +45,7 @@ def ce(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([normaliser.log() - target, target == 0, unnormalised / normaliser], 1) * known, known / normaliser
 
 
-def distributions(logits: Tensor, scratch: Tensor) -> Distributions:
+def distributions(logits: Tensor, scratch: Tensor | None) -> Distributions:
     """softmax(logits); its `unnormalised` takes the logits' place."""
     best = argmax(logits)
     logits.sub_(logits.gather(1, best))
@@ -56,7 +55,7 @@ def distributions(logits: Tensor, scratch: Tensor) -> Distributions:
     return Distributions(logits, normaliser, weighted_sum / normaliser - normaliser.log(), best)
 
 
-def kl_div(logits: Tensor, teacher: Distributions, scratch: Tensor) -> tuple[Tensor, Tensor]:
+def kl_div(logits: Tensor, teacher: Distributions, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
     """KL(p || q) to the teacher's p, row by row; leaves normaliser * (q - p). Returns row_stats, 1 / normaliser."""
     logits.sub_(logits.amax(1, keepdim=True))
     best = logits.gather(1, teacher.best)
