@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE = 8 << 20
 
 
@@ -16,9 +16,9 @@ def use_huge_pages() -> None:
     pages leave little of it, and cost no memory, whereas raised MALLOC thresholds fragment the heap (64 MiB tensors between
     small ones that stay: 315 MB grew to 2.2 GB in 60 rounds).
 
-    That is, of large tensors. One of 1 to 8 MB, as the activations of a small model are, has few whole pages of 2 MB in it, and is
-    kept in the heap: a step of EAGLE-3 with 2,048 tokens of width 512 takes a tenth less, and 0.2 GB more. Left alone, glibc would
-    raise that threshold by itself, up to 32 MiB.
+    That is, of large tensors. One of 1 to 8 MB, as the activations of a small model are and the blocks of a compiled loss, has few
+    whole pages of 2 MB in it. These are kept in the heap: a step of EAGLE-3 with 2,048 tokens of width 512 takes a fifth less, and
+    0.2 GB more. Left alone, glibc would raise that threshold by itself, up to 32 MiB.
 
     Linux only, elsewhere without effect; values that the user has set win. For the whole process, so only programs call it.
     """
@@ -27,6 +27,7 @@ def use_huge_pages() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def trim_heap() -> None:
