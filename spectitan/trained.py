@@ -107,7 +107,11 @@ def check_base(config: Config, trained: Trained, found: str) -> None:
 
 
 def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, DecoderConfig]:
-    """The base's keys, folder and shape: as configured, or where `base.path` is empty, as in the run that wrote the checkpoint."""
+    """The base's keys, folder and shape: as configured, or where `base.path` is empty, as in the run that wrote the checkpoint.
+
+    Raises:
+        UserError: no base is named, or it is not the one that the checkpoint's was made from.
+    """
     base = config.base
     if not base.path and trained and trained.keys:
         base = trained.section("base", Base)
@@ -115,7 +119,10 @@ def locate_base(config: Config, trained: Trained | None) -> tuple[Base, Path, De
         where = f"{trained.path} does not hold its base" if trained else "there is nothing to take it from"
         raise UserError(f"base.path is empty, and {where}; allowed: a folder in Hugging Face layout, or spectitan:NAME")
     path = resolve_base_path(base.path)
-    return base, path, choose_config(base.arch, base.variant, path)
+    base_config = choose_config(base.arch, base.variant, path)
+    if _holds_base(trained):
+        _check_base_config(trained, base_config, path)
+    return base, path, base_config
 
 
 def load_base(config: Config, trained: Trained | None, dtype: torch.dtype) -> tuple[nn.Module, Path]:
@@ -126,14 +133,18 @@ def load_base(config: Config, trained: Trained | None, dtype: torch.dtype) -> tu
     Raises:
         UserError: no base is named, or its files cannot be read.
     """
-    base, path, base_config = locate_base(config, trained)
-    if trained and trained.keys and not trained.keys["base.freeze"]:
-        _check_base_config(trained, base_config, path)
+    base, path, _ = locate_base(config, trained)
+    if _holds_base(trained):
         model = get_model(base.arch, base.variant, path, init="random", dtype=dtype)
         _fill(model, read_tensors(trained.path, "base."), trained.path)
     else:
         model = get_model(base.arch, base.variant, path, dtype=dtype)
     return model.requires_grad_(False).eval(), path
+
+
+def _holds_base(trained: Trained | None) -> bool:
+    """Whether it is a checkpoint of a run that trained its base."""
+    return bool(trained and trained.keys and not trained.keys["base.freeze"])
 
 
 def _check_base_config(trained: Trained, base_config: DecoderConfig, path: Path) -> None:
