@@ -39,7 +39,7 @@ from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 
 ALLOCATORS = {
     "glibc": {"THP_MEM_ALLOC_ENABLE": "0"},
-    "as in training": {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_THRESHOLD_": str(8 << 20)},
+    "as in training": {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_THRESHOLD_": str(8 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20)},
     "raised thresholds": {"THP_MEM_ALLOC_ENABLE": "0", "MALLOC_MMAP_THRESHOLD_": str(16 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)},
 }
 HEADS = 3
