@@ -40,7 +40,7 @@ class BlockPass:
         copies_teacher: the memory of the logits that `read_teacher` was given is free after it.
     """
 
-    scratch = 0  # as much memory as a block has, in the dtype of statistics: so many times
+    scratch_blocks = 0  # as much memory as a block has, in the dtype of statistics: so many times
 
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
         self.head, self.dtype, self.compiled = head, torch.promote_types(head.dtype, torch.float32), _compiles
@@ -50,12 +50,8 @@ class BlockPass:
             block_rows = max(block_rows, torch.get_num_threads())  # a thread takes whole rows
         on_cpu = head.device.type == "cpu"  # a GPU takes a chunk at once
         self.block_rows = max(1, min(chunk_rows, block_rows)) if on_cpu else chunk_rows
-        count = 0 if self.compiled else self.scratch + self.copies_teacher
+        count = 0 if self.compiled else self.scratch_blocks + self.copies_teacher
         self.memory = [self._memory(min(rows, self.block_rows)) for _ in range(count)]
-
-    def read_teacher(self, logits: Tensor) -> None:
-        """Takes in a chunk's teachers: logits [U, V], which it overwrites."""
-        raise NotImplementedError
 
     def score(self, logits: Tensor, targets: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:
         """Leaves the gradient in the logits' place, but for a factor of each row.
@@ -101,13 +97,14 @@ class CePass(BlockPass):
 class _TeacherPass(BlockPass):
     """Of losses against a teacher. Subclasses say what it is asked once, as `ask_teacher`, with `_run`'s arguments."""
 
-    scratch = 2
+    scratch_blocks = 2
 
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
         super().__init__(rows, chunk_rows, head)
         self.copy = self._memory(min(rows, chunk_rows)) if self.copies_teacher else None
 
     def read_teacher(self, logits: Tensor) -> None:
+        """Takes in a chunk's teachers: logits [U, V], which it overwrites."""
         answers = []
         for start in range(0, len(logits), self.block_rows):
             rows = slice(start, min(start + self.block_rows, len(logits)))
@@ -120,7 +117,7 @@ class KlDivPass(_TeacherPass):
     @staticmethod
     def ask_teacher(scratch: list[Tensor], logits: Tensor, copy: Tensor | None) -> tuple[Tensor, ...]:
         """Columns of Distributions, whose `unnormalised` takes the place of the copy, or else of the logits."""
-        wide = logits if copy is None else copy.copy_(logits) if scratch else logits.to(copy.dtype)
+        wide = _widen(logits, scratch)
         found = row_passes.distributions(wide, _take(scratch))
         if copy is not None:
             copy.copy_(wide)
