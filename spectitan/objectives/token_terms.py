@@ -4,9 +4,11 @@ p is the teacher's distribution over tokens, q = softmax(logits) the drafter's. 
 logarithms of single q, make up all losses. On the logits such a sum has the gradient q * (s - mean of s under q), with the slope
 s = df/dq; a constant in it changes nothing and is left out.
 
-Operators and methods only, and no global names: PyTorch runs these functions as they stand, and Triton compiles their source.
+Operators, exp and log only: PyTorch runs these functions as they stand, and Triton compiles their source with its own exp and log.
 p and q are above 0.
 """
+
+from torch import exp, log
 
 
 def kl_div(p, q, log_p, log_q):
@@ -23,8 +25,8 @@ def rkl(p, q, log_p, log_q):
 def jsd(p, q):
     """f and s of (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2."""
     m = (p + q) * 0.5
-    s = (q / m).log() * 0.5
-    return p * (p / m).log() * 0.5 + q * s, s
+    s = log(q / m) * 0.5
+    return p * log(p / m) * 0.5 + q * s, s
 
 
 def overlap(p, q):
@@ -41,8 +43,8 @@ def of_alpha(alpha, kl_div, tv, nla, lk_hybrid):
         of_tv: how many times its gradient has that of 1 - alpha, which that of -log alpha is a multiple of.
         loss: what tv, nla and, kl_div apart, lk_hybrid add to its loss.
     """
-    part = (alpha * -3.0).exp()  # of lk_hybrid: this much kl_div, the rest tv; a constant of the row
+    part = exp(alpha * -3.0)  # of lk_hybrid: this much kl_div, the rest tv; a constant of the row
     safe = alpha + (alpha < 1e-5) * (1e-5 - alpha)  # below, nla is that of 1e-5, and constant
     of_tv = tv + lk_hybrid * (1.0 - part)
     slope = of_tv + nla * ((alpha >= 1e-5) / safe)
-    return kl_div + lk_hybrid * part, slope, of_tv * (1.0 - alpha) - nla * safe.log()
+    return kl_div + lk_hybrid * part, slope, of_tv * (1.0 - alpha) - nla * log(safe)

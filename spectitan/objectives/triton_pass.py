@@ -17,9 +17,20 @@ from spectitan.objectives import row_passes, token_terms
 _LOWEST = tl.constexpr(row_passes.LOWEST)
 
 
+@triton.jit
+def _exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def _log(x):
+    return tl.log(x)
+
+
 def _jit(function: Callable):
-    """Triton's interpreter wants its language among a function's globals."""
-    return triton.jit(FunctionType(function.__code__, {"tl": tl, "__name__": function.__module__}, function.__name__))
+    """A term of PyTorch's as one of Triton's, whose interpreter wants its language among the globals."""
+    names = {"exp": _exp, "log": _log, "tl": tl, "__name__": function.__module__}
+    return triton.jit(FunctionType(function.__code__, names, function.__name__))
 
 
 _kl_div, _rkl, _jsd = _jit(token_terms.kl_div), _jit(token_terms.rkl), _jit(token_terms.jsd)
@@ -47,7 +58,7 @@ class TritonPass:
 
 @triton.jit
 def _score_row(
-    logits, targets, teacher_logits, place, row_stats, vocabulary, block: tl.constexpr,
+    logits, targets, teacher_logits, place, row_stats, vocabulary: tl.constexpr, block: tl.constexpr,
     ce: tl.constexpr, ce_argmax: tl.constexpr, kl_div: tl.constexpr, rkl: tl.constexpr, jsd: tl.constexpr,
     tv: tl.constexpr, nla: tl.constexpr, lk_hybrid: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +71,7 @@ def _score_row(
     of_target = known * ce
     loss = of_target * (log_total - at_target)
     if teacher_logits is None:
-        correct, alpha, mean_slope = known & (at_target == 0), known * (at_target - log_total).exp(), 0.0
+        correct, alpha, mean_slope = known & (at_target == 0), known * tl.exp(at_target - log_total), 0.0
     else:  # sums of the terms, and the teacher's likeliest token
         teacher_logits += tl.load(place + row) * vocabulary
         teacher_largest, teacher_log_total = _largest_and_total(teacher_logits, vocabulary, block)
@@ -125,14 +136,14 @@ def _score_row(
 
 
 @triton.jit
-def _largest_and_total(row, vocabulary, block: tl.constexpr):
+def _largest_and_total(row, vocabulary: tl.constexpr, block: tl.constexpr):
     """The largest of a row of logits, and the logarithm of the sum of exp(logit - largest)."""
     largest, total = -float("inf"), 0.0
     for start in range(0, vocabulary, block):
         x = _load(row, start + tl.arange(0, block), vocabulary)
         before = largest
         largest = tl.maximum(largest, tl.max(x))
-        total = total * tl.exp(before - largest) + tl.sum((x - largest).exp())
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest))
     return largest, tl.log(total)
 
 
@@ -140,7 +151,7 @@ def _largest_and_total(row, vocabulary, block: tl.constexpr):
 def _probabilities(row, columns, vocabulary, largest, log_total):
     """Of a block of logits, above 0, and their logarithms."""
     log_p = _load(row, columns, vocabulary) - largest - log_total
-    return tl.maximum(log_p, _LOWEST).exp(), log_p
+    return tl.exp(tl.maximum(log_p, _LOWEST)), log_p
 
 
 @triton.jit

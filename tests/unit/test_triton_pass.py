@@ -72,10 +72,10 @@ from triton.compiler import ASTSource
 from spectitan.config.loss_mixture import LOSSES
 from spectitan.objectives.triton_pass import _score_row
 
-TYPES = {"logits": "*bf16", "teacher_logits": "*bf16", "targets": "*i64", "place": "*i64", "row_stats": "*fp32", "vocabulary": "i32"}
+TYPES = {"logits": "*bf16", "teacher_logits": "*bf16", "targets": "*i64", "place": "*i64", "row_stats": "*fp32"}
 for names, absent in ((["ce"], ["teacher_logits", "place"]), (LOSSES, [])):
     types = {name: TYPES[name] if name in TYPES and name not in absent else "constexpr" for name in _score_row.arg_names}
-    constants = {"block": 4096} | {name: 0.5 * (name in names) for name in LOSSES} | dict.fromkeys(absent)
+    constants = {"vocabulary": 32_003, "block": 4096} | {name: 0.5 * (name in names) for name in LOSSES} | dict.fromkeys(absent)
     places = {(_score_row.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(ASTSource(_score_row, types, places), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert len(compiled.asm["cubin"]) > 10_000
