@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectitan import hub
+from spectitan.config.keys import toml_value
 from spectitan.config.sections import Base, Objective
 from spectitan.config.tables import Config
 from spectitan.errors import UserError
@@ -44,17 +45,30 @@ def find_trained(config: Config) -> Trained | None:
         None if neither is given, or if that run has saved nothing yet.
 
     Raises:
-        UserError: nothing at `speculator.path`, or no valid checkpoint.
+        UserError: nothing at `speculator.path`, or no valid checkpoint, or a speculator of another family than speculator.type, if given.
     """
     if config.speculator.path:
         path = _folder_named(config.speculator.path)
         if (path / "config.json").is_file():
-            return Trained(path, {})
+            return _of_type_given(config, Trained(path, {}))
     elif config.job.config_file and checkpoints_folder(config.checkpoint, config.job.dump_folder).is_dir():
         path = checkpoints_folder(config.checkpoint, config.job.dump_folder)
     else:
         return None
-    return open_checkpoint(find_checkpoint(path))
+    return _of_type_given(config, open_checkpoint(find_checkpoint(path)))
+
+
+def _of_type_given(config: Config, trained: Trained) -> Trained:
+    """`trained`, unless it is of another family than a given speculator.type; "none" asks for the base alone."""
+    given = config.speculator.type
+    if "speculator.type" in config.given and given != "none" and trained.keys.get("speculator.type") != "none":
+        found = family_keys(trained)[0]
+        if found != given:
+            raise UserError(
+                f"speculator.type = {toml_value(given)}; {trained.path} has {toml_value(found)}: leave speculator.type out, or name another "
+                "speculator.path"
+            )
+    return trained
 
 
 def _folder_named(path: str) -> Path:

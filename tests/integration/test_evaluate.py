@@ -113,6 +113,7 @@ def test_evaluate_the_base_alone(folders, tmp_path):
     [
         (["--speculator.path="], "nothing to evaluate"),
         (["--speculator.type=none"], "nothing to measure"),
+        (["--speculator.type=lstm"], 'speculator has "mlp": leave speculator.type out, or name another speculator.path'),
         (["--eval.prompts=none"], "nothing to measure"),
         (["--eval.prompts=nowhere.jsonl"], "nowhere.jsonl"),
         (["--eval.num_draft_tokens=4"], "eval.num_draft_tokens = 4; allowed: -1, or 1 to the 3 steps"),
@@ -202,6 +203,13 @@ def test_generate_refuses_in_one_line(folders, tmp_path, capsys, content, words)
     assert generate.main([f"--base.path={folders / 'base'}", f"--generate.prompt_file={tmp_path / 'prompts.txt'}"]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.strip().splitlines()) == 1 and words in printed.err
+
+
+def test_generate_refuses_another_family_than_the_folder_has(folders, capsys):
+    flags = [f"--base.path={folders / 'base'}", "--generate.prompt=class", f"--speculator.path={folders / 'speculator'}"]
+    assert generate.main([*flags, "--speculator.type=eagle3"]) == 2
+    assert capsys.readouterr().err.startswith(f'spectitan.generate: speculator.type = "eagle3"; {folders / "speculator"} has "mlp": leave')
+    assert generate.main([*flags, "--speculator.type=mlp", "--generate.max_new_tokens=2"]) == 0
 
 
 @pytest.mark.parametrize("program", ["evaluate", "generate"])
