@@ -47,9 +47,12 @@ class StatesCache:
         hidden_size, dtype: of each of them; a name in precision.DTYPES.
 
     Attributes:
+        remedy: see Store.
         dtype: of the stored numbers.
         token_bytes: that a token takes.
     """
+
+    remedy = "fill it (spectitan.prepare --prepare.states true, or states.source = hybrid)"
 
     def __init__(
         self, folder: Path, base: str, columns: tuple[int, ...], hidden_size: int, dtype: str, shard_bytes: int = SHARD_BYTES

@@ -18,7 +18,7 @@ from spectitan.states.cache import FINAL
 from spectitan.states.online import OnlineStates
 from spectitan.states.precision import decode
 from spectitan.states.reader import Reading, StatesReader
-from spectitan.states.store import FILL_IT, Store
+from spectitan.states.store import Store, allowed_if_missing
 from spectitan.types import BaseStates, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,8 @@ class CachedStates:
             places.extend(self.store.find(self.datasets[sample.dataset], sample.sample) for sample in samples)
             missing.extend(row for row, place in enumerate(places) if place is None)
             if missing and self.online is None and self.on_missing == "raise":
-                raise UserError(f"no hidden states of {self._named(batch, missing)}: states.on_missing = raise; {FILL_IT}")
+                allowed = allowed_if_missing(self.store)
+                raise UserError(f"no hidden states of {self._named(batch, missing)}: states.on_missing = raise; {allowed}")
             return bool(missing)
 
         places, missing = [], []

@@ -72,11 +72,14 @@ class DocumentFiles:
         num_layers, hidden_size: of the base.
 
     Attributes:
+        remedy: see Store.
         rows_of: the dataset whose rows the numbers in hs_<i> count, where it is known: a run's only one.
 
     Raises:
         UserError: no file of the format; a file of other shapes, damaged, or without token ids.
     """
+
+    remedy = "the files that were made of data.path"
 
     def __init__(self, folder: Path, format: str, final: str, taps: tuple[int, ...], num_layers: int, hidden_size: int):
         self.folder, self._format, self.hidden_size, self._num_layers = folder, FORMATS[format], hidden_size, num_layers
@@ -170,9 +173,7 @@ class DocumentFiles:
         """Where each row of the dataset is a document, the file of a row has its token ids."""
         file = self._by_row.get(document.row) if document.row is not None else None
         if file is not None:
-            raise UserError(
-                f"{file}: other token_ids than row {document.row} of the dataset has; allowed: the files that were made of data.path"
-            )
+            raise UserError(f"{file}: other token_ids than row {document.row} of the dataset has; allowed: {self.remedy}")
 
     def read(self, place: list[Part], tokens: np.ndarray, documents: np.ndarray, taken: list[int], row: int, into: Stored) -> None:
         at = 0

@@ -11,7 +11,7 @@ from spectitan.data.packing import PackedDataset
 from spectitan.errors import UserError
 from spectitan.states.cache import FINAL, StatesCache, open_cache
 from spectitan.states.document_files import DocumentFiles, find_format
-from spectitan.states.store import FILL_IT, Store
+from spectitan.states.store import Store, allowed_if_missing
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,11 @@ def check_complete(
     first, here = missing[0], datasets[missing[0].dataset].identity
     count = f"{len(missing):,} of {len(samples):,} samples"
     if len(missing) == len(samples):
-        there = [text for text in store.texts if text != here]
-        other = f"; there: {_described(there[0])}; here: {_described(here)}" if there else ""
-        raise UserError(f"{store.folder} has no hidden states of this run's samples{other}; {FILL_IT.partition(', or states.on')[0]}")
+        other = f"; there: {_differing(store.texts, here)}" if store.texts else ""
+        raise UserError(f"{store.folder} has no hidden states of this run's samples{other}; allowed: {store.remedy}")
     where = f"{store.folder} has no hidden states of {count}, first of sample {first.sample} of {names[first.dataset]}"
     if on_missing == "raise":
-        raise UserError(f"states.on_missing = raise: {where}; {FILL_IT}")
+        raise UserError(f"states.on_missing = raise: {where}; {allowed_if_missing(store)}")
     logger.warning("%s: they are skipped", where)
 
 
@@ -102,5 +101,8 @@ def samples_of_run(order: SampleOrder, first: int, stop: int) -> list[Place]:
     return list(dict.fromkeys(order[i] for i in itertools.islice(range(first, stop), _CHECKED)))
 
 
-def _described(text: dict) -> str:
-    return ", ".join(f"{name} {str(text[name])[:12]}" for name in sorted(text, reverse=True))
+def _differing(there: Sequence[dict], here: dict) -> str:
+    """How the text that is most like this run's differs from it; each as PackedDataset.identity has it."""
+    differing = min(({name: text.get(name) for name in here if text.get(name) != here[name]} for text in there), key=len)
+    words = {"text": "another text, or one chosen or tokenised otherwise"}
+    return ", ".join(words.get(name) or f"{name} {value}, here {here[name]}" for name, value in differing.items())

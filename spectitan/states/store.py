@@ -9,8 +9,6 @@ import torch
 from spectitan.data.packing import PackedDataset
 from spectitan.states.precision import Stored
 
-FILL_IT = "allowed: fill it (spectitan.prepare --prepare.states true, or states.source = hybrid), or states.on_missing = skip or warn"
-
 
 class Store(Protocol):
     """Hidden states of samples."""
@@ -19,6 +17,7 @@ class Store(Protocol):
     columns: tuple[int, ...]  # layer ids of a token's states, ascending, and FINAL
     hidden_size: int
     dtype: torch.dtype  # of the numbers, int8 with scales
+    remedy: str  # for samples that are missing
 
     def refresh(self) -> None:
         """Learns of what has been added."""
@@ -28,3 +27,8 @@ class Store(Protocol):
 
     def read(self, place: object, tokens: np.ndarray, documents: np.ndarray, taken: list[int], row: int, into: Stored) -> None:
         """See StatesCache.read."""
+
+
+def allowed_if_missing(store: Store) -> str:
+    """What a user may do when samples are missing under states.on_missing = raise."""
+    return f"allowed: {store.remedy}, or states.on_missing = skip or warn"

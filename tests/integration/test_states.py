@@ -350,9 +350,12 @@ def other_text(world, tmp_path: Path) -> dict:
     "changes, words",
     [
         (other_base, ["another base", "base.allow_other"]),
-        (other_text, ["no hidden states of this run's samples", "there: text"]),
-        ({"data__seq_length": 29}, ["no hidden states of this run's samples", "seq_length 31", "seq_length 29"]),
-        ({"data__packing": "best_fit"}, ["packing concat", "packing best_fit"]),
+        (
+            other_text,
+            ["no hidden states of this run's samples; there: another text, or one chosen or tokenised otherwise; allowed: fill it"],
+        ),
+        ({"data__seq_length": 29}, ["no hidden states of this run's samples; there: seq_length 31, here 29; allowed: fill it"]),
+        ({"data__packing": "best_fit"}, ["there: packing concat, here best_fit; allowed: fill it"]),
         ({"states__hidden_states_path": "nowhere"}, ["nowhere", "no hidden states there", "prepare.states"]),
         ({"states__source": "hybrid", "states__dtype": "int8"}, ["states.dtype = int8", "float32"]),
         ({"states__on_missing": "generate"}, ["states.on_missing = generate", "skip, warn, raise"]),
