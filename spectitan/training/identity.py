@@ -32,6 +32,7 @@ MUST_MATCH = (
     "optimizer.name",
 )
 _BEFORE_THE_KEY = {"data.packing": "concat", "data.overlong": "split"}  # what runs did before there were these keys
+_SHOWN = {"speculator.d2t": "the draft vocabulary (speculator.draft_vocab_size, token_freq_path, d2t_path; by its hash)"}  # no keys
 _BASE = ("base.identity", "base.config.")  # what makes it another base; beginnings of keys
 
 
@@ -77,7 +78,7 @@ def check_identity(saved: dict[str, object], current: dict[str, object]) -> None
         known = key in saved and not key.startswith(allowed)
         if known and (key in MUST_MATCH or any(table.endswith(".") and key.startswith(table) for table in MUST_MATCH)):
             raise UserError(
-                f"{key} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, "
+                f"{_SHOWN.get(key, key)} was {was} in the checkpoint and is {now} now: set it back, use another job.dump_folder, "
                 f"checkpoint.resume = never{', or base.allow_other = true' if key.startswith(_BASE) else ''}"
             )
         changed.append(f"{key}: {was} -> {now}")

@@ -379,6 +379,10 @@ def test_identity_names_the_key_and_logs_the_rest(caplog):
         check_identity(saved, saved | {"speculator.width": 8})
     with pytest.raises(UserError, match=r"data.weights was \[0.5, 0.5\] in the checkpoint and is absent now"):
         check_identity(saved, {key: value for key, value in saved.items() if key != "data.weights"})
+    with pytest.raises(
+        UserError, match=r"^the draft vocabulary \(speculator.draft_vocab_size, token_freq_path, .* was 'a' in the checkpoint"
+    ):
+        check_identity(saved | {"speculator.d2t": "a"}, saved | {"speculator.d2t": "b"})
 
 
 def test_another_packing_is_another_run():
