@@ -116,12 +116,21 @@ def read_counts(path: Path, vocab_size: int) -> Tensor:
             raise UserError(f"{path}: token {outside[0]}; allowed: 0 to {vocab_size - 1}: it was counted with another tokenizer")
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         counts[list(stored)] = torch.tensor(list(stored.values()), dtype=torch.int64)
-        return counts
+        return _checked(counts, path)
     if not isinstance(stored, Tensor) or stored.dtype != torch.int64 or stored.dim() != 1:
         raise UserError(f"{path}: int64 counts of tokens are expected, or a dictionary token id -> count")
     if len(stored) != vocab_size:
         raise UserError(f"{path}: counts of {len(stored)} tokens; the base has {vocab_size}: it was counted with another tokenizer")
-    return stored
+    return _checked(stored, path)
+
+
+def _checked(counts: Tensor, path: Path) -> Tensor:
+    if bool((counts < 0).any()):
+        token = int((counts < 0).nonzero()[0])
+        raise UserError(f"{path}: token {token} is counted {int(counts[token])} times; allowed: 0 and more")
+    if not bool(counts.any()):
+        raise UserError(f"{path}: no token is counted; allowed: counts of the tokens to be drafted (spectitan.prepare writes such a file)")
+    return counts
 
 
 def _read_maps(config, vocab_size: int) -> tuple[Tensor, Tensor] | None:

@@ -307,10 +307,18 @@ def test_maps_that_cannot_be(d2t, t2d, keys, words, tmp_path):
         read_vocabulary(Eagle3Config(**paths), 54)
 
 
-@pytest.mark.parametrize("stored", [torch.zeros(52, dtype=torch.int64), {53: 1}, [1, 2], torch.zeros(53), {"a": 1}])
+@pytest.mark.parametrize(
+    "stored", [torch.ones(52, dtype=torch.int64), {53: 1}, [1, 2], torch.ones(53), {"a": 1}, {}, {3: 0}, {5: -1, 6: 3}]
+)
 def test_counts_that_cannot_be(stored, tmp_path):
     torch.save(stored, tmp_path / "counts.pt")
     with pytest.raises(UserError, match="counts.pt"):
+        read_counts(tmp_path / "counts.pt", 53)
+
+
+def test_a_negative_count_is_named(tmp_path):
+    torch.save({5: -1, 6: 3}, tmp_path / "counts.pt")
+    with pytest.raises(UserError, match="token 5 is counted -1 times"):
         read_counts(tmp_path / "counts.pt", 53)
 
 
