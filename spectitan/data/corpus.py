@@ -18,7 +18,7 @@ from spectitan.data.documents.reading import check_first_rows
 from spectitan.data.encoding import Encoded, encoded
 from spectitan.data.meta import BrokenFolder
 from spectitan.data.overlap import PromptWindows
-from spectitan.data.progress import Progress
+from spectitan.data.progress import Progress, counted
 from spectitan.data.prompts import load_prompts
 from spectitan.data.rendering import rendered, texts_of
 from spectitan.data.shards import FORMAT_VERSION, Shards, ShardWriter
@@ -66,11 +66,11 @@ def tokenise_training(data: Data, tokenizer: Tokenizer) -> list[TokenisedDataset
 def describe(shards: Shards) -> str:
     """One line: what files and rows were recognised as, documents, tokens, what was dropped and held out."""
     meta = shards.meta
-    parts = [f"{count:,} {'file' if count == 1 else 'files'} of {format}" for format, count in sorted(meta.get("formats", {}).items())]
-    parts += [f"{meta['documents']:,} documents", f"{meta['tokens']:,} tokens"]
+    parts = [f"{counted(count, 'file')} of {format}" for format, count in sorted(meta.get("formats", {}).items())]
+    parts += [counted(meta["documents"], "document"), counted(meta["tokens"], "token")]
     parts += [f"{meta['supervised']:,} of them supervised"] if shards.masked else []
     parts += [f"{meta['bytes'] / meta['tokens']:.2f} bytes a token"] if meta["bytes"] else []
-    parts += [f"{count:,} rows of {kind}" for kind, count in sorted(meta.get("kinds", {}).items())]
+    parts += [f"{counted(count, 'row')} of {kind}" for kind, count in sorted(meta.get("kinds", {}).items())]
     parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(meta["dropped"].items())]
     parts += [f"{count:,} {reason}" for reason, count in sorted(meta.get("noted", {}).items())]
     parts += [f"{meta['held_out']:,} held out"] if meta.get("held_out") else []

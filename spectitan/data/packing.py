@@ -11,6 +11,7 @@ from spectitan.config.sections import Data
 from spectitan.data.cached_folder import open_or_make
 from spectitan.data.meta import BrokenFolder, read_meta
 from spectitan.data.packing_index import write_index
+from spectitan.data.progress import counted
 from spectitan.data.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -174,5 +175,5 @@ def packed(shards: Shards, data: Data, name: str) -> PackedDataset:
 
 def describe(samples: PackedDataset, data: Data) -> str:
     """One line: samples, how full they are, what happened to documents."""
-    parts = [f"{len(samples):,} samples of {data.seq_length} tokens ({data.packing}), {float(samples.fill):.2%} of them filled"]
+    parts = [f"{counted(len(samples), 'sample')} of {data.seq_length} tokens ({data.packing}), {float(samples.fill):.2%} of them filled"]
     return ", ".join(parts + [f"{count:,} {what}" for what, count in samples.counts.items()])

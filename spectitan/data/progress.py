@@ -1,4 +1,4 @@
-"""A progress line on a terminal; where stderr is none, one log line at the start and one at the end."""
+"""Progress as a user sees it: a line on a terminal, log lines where stderr is none; and counts in words."""
 
 import logging
 import sys
@@ -55,3 +55,8 @@ class Progress:
         bar = "#" * round(share * _BAR_WIDTH)
         line = f"{self._title} [{bar:<{_BAR_WIDTH}}] {share:4.0%}  {rate / self._size:.1f} {self._unit}/s  {left:.0f} s left"
         print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def counted(count: int, what: str) -> str:
+    """ "1 file", "1,024 files"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -120,7 +120,7 @@ def test_the_standard_library_is_its_source_without_tests():
         ("a.jsonl", b'["text"]', r"a\.jsonl:1: a JSON list; allowed: an object"),
         ("a.jsonl", b'{"txt": 1, "other": 2}', r"a\.jsonl:1: no column 'text' \(data.text_column\), or .*; its columns: 'txt', 'other'"),
         ("a.jsonl", b'{"' + b"k" * 9000 + b'": 1}', r"a\.jsonl:1: no column 'text' .*; its columns: 'k{79}; mend"),
-        ("a.jsonl", b'{"text": null}', r"a\.jsonl:1: 'text' is a NoneType; allowed: a string"),
+        ("a.jsonl", b'{"text": null}', r"a\.jsonl:1: 'text' is of type NoneType; allowed: a string"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: 'text' has half of a surrogate pair"),
         ("a.jsonl", b'{"text": ' + b"[" * 200_000, r"a\.jsonl:1: "),
         ("a.jsonl", b'{"text": ' + b"1" * 10_000 + b"}", r"a\.jsonl:1: "),

@@ -138,7 +138,8 @@ def test_concatenation_says_how_many_documents_it_cuts(tmp_path):
         begin = end
     dataset = packed(shards, Data(seq_length=17), "name")
     assert dataset.counts == {"documents split": cut} and dataset.num_tokens == shards.num_tokens
-    assert packed(shards, Data(seq_length=10**6), "name").counts == {}
+    one = packed(shards, Data(seq_length=10**6), "name")
+    assert one.counts == {} and describe(one, Data(seq_length=10**6)).startswith("1 sample of 1000000 tokens")
     line = describe(dataset, Data(seq_length=17))
     assert line.startswith(f"{len(dataset):,} samples of 17 tokens (concat), ") and line.endswith(f"filled, {cut} documents split")
 

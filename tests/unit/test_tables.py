@@ -72,7 +72,7 @@ def test_nested_keys_lead_to_prompt_and_response(tmp_path, suffix):
     assert read(tmp_path, **keys)[0] == [PromptResponse(row["question"], row["answer"]) for row in QUESTIONS]
     with pytest.raises(UserError, match=r":1: no 'b' in 'extra' \(data.response_dict_keys\); its keys: 'q', 'a'"):
         read(tmp_path, **keys | {"response_dict_keys": ["b"]})
-    with pytest.raises(UserError, match=r":1: no 'b' in 'extra'.'a' \(data.response_dict_keys\); it is a str"):
+    with pytest.raises(UserError, match=r":1: no 'b' in 'extra'.'a' \(data.response_dict_keys\); it is of type str"):
         read(tmp_path, **keys | {"response_dict_keys": ["a", "b"]})
 
 
@@ -202,7 +202,7 @@ def test_chats_that_say_nothing_are_skipped_and_counted(tmp_path):
         ),
         ({"question": "x"}, r"no column .*; its columns: 'question'"),
         ({"text": "x", "messages": []}, r"its columns could be text \(data.text_column\) and messages \(data.messages_key\)"),
-        ({"text": 5}, r"'text' is a int; allowed: a string"),
+        ({"text": 5}, r"'text' is of type int; allowed: a string"),
         ({"input": [5], "output": [1.5]}, r"'output' is no list of token ids"),
         ({"input": [True], "output": [1]}, r"'input' is no list of token ids"),
         (

@@ -93,7 +93,7 @@ def kind_of(names: Collection[str], kinds: Sequence[Kind]) -> Kind:
 def _text(row: dict, data: Data) -> str:
     text = row[data.text_column]
     if not isinstance(text, str):
-        raise ValueError(f"{data.text_column!r} is a {type(text).__name__}; allowed: a string")
+        raise ValueError(f"{data.text_column!r} is of type {type(text).__name__}; allowed: a string")
     return characters(text, repr(data.text_column))
 
 
@@ -110,7 +110,9 @@ def _nested(row: dict, key: str, dict_keys: Sequence[str], name: str) -> str:
     value, path = _only_item(row[key]), repr(key)
     for inner in dict_keys:
         if not isinstance(value, dict) or inner not in value:
-            there = f"its keys: {', '.join(map(repr, value)) or 'none'}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
+            there = (
+                f"its keys: {', '.join(map(repr, value)) or 'none'}" if isinstance(value, dict) else f"it is of type {type(value).__name__}"
+            )
             raise ValueError(f"no {inner!r} in {path} (data.{name}_dict_keys); {there}")
         value, path = _only_item(value[inner]), f"{path}.{inner!r}"
     if not isinstance(value, str):
