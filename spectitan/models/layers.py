@@ -59,7 +59,8 @@ class Rotation(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """[batch, heads, seq, head_dim], rotated in pairs (i, i + head_dim / 2)."""
-        return torch.addcmul(x * self.cosine, x.roll(x.shape[-1] // 2, -1), self.sine)
+        first, second = x.chunk(2, -1)  # not x.roll: compiled for a CPU, that is read element by element
+        return torch.addcmul(x * self.cosine, torch.cat([second, first], -1), self.sine)
 
 
 class Linear(nn.Linear):
@@ -107,10 +108,12 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, seq, input] -> queries [batch, heads, seq, head_dim], keys and values [batch, kv_heads, seq, head_dim]."""
-        batch, seq, _ = x.shape
-        queries = self.q_norm(self.q_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
-        keys = self.k_norm(self.k_proj(x).view(batch, seq, -1, self.head_dim)).transpose(1, 2)
-        values = self.v_proj(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        return self.split_heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), rotation)
+
+    def split_heads(self, queries: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the projections return, [batch, seq, heads * head_dim] each -> as `project`."""
+        queries, keys, values = (x.unflatten(2, (-1, self.head_dim)) for x in (queries, keys, values))
+        queries, keys, values = self.q_norm(queries).transpose(1, 2), self.k_norm(keys).transpose(1, 2), values.transpose(1, 2)
         if rotation is not None:
             queries, keys = rotation.apply(queries), rotation.apply(keys)
         return queries, keys, values

@@ -15,7 +15,7 @@ from spectitan.errors import UserError
 from spectitan.models.config_file import ConfigFile
 from spectitan.models.hf_config import config_to_json, read_rope
 from spectitan.models.kv_cache import KVCache, Slots
-from spectitan.models.layers import Attention, GatedMLP, Rotation
+from spectitan.models.layers import Attention, GatedMLP, Linear, Rotation
 from spectitan.models.llama import LlamaConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -208,10 +208,24 @@ class DraftLayer(nn.Module):
         residual, x = self._inputs(hidden, embedded)
         return self._add_mlp(residual + self.self_attn(x, rotation, mask, cache, index, slots))
 
-    def project(self, hidden: Tensor, embedded: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What comes before attention: [1, R, hidden] -> residual, queries, keys, values."""
-        residual, x = self._inputs(hidden, embedded)
-        return residual, *self.self_attn.project(x, rotation)
+    def project_tokens(self, embedded: Tensor) -> Tensor:
+        """What tokens add to queries, keys and values, side by side: [R, hidden] -> [R, outputs]. Each step takes in most of the same
+        tokens: the products of a token are made once."""
+        biases = [part.bias for part in self._projections()]
+        return F.linear(self.input_layernorm(embedded), self._halves()[0], None if biases[0] is None else torch.cat(biases))
+
+    def project(self, hidden: Tensor, of_tokens: Tensor | None, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What comes before attention: [1, R, hidden] -> residual, queries, keys, values.
+
+        Args:
+            of_tokens: [R, outputs], of the tokens that the rows take in; of the first layer.
+        """
+        if not self.takes_token:
+            return hidden, *self.self_attn.project(self.input_layernorm(hidden), rotation)
+        normed = self.hidden_norm(hidden)
+        projected = torch.addmm(of_tokens, normed[0], self._halves()[1].T)[None]
+        heads = projected.split([part.out_features for part in self._projections()], 2)
+        return self._residual(hidden, normed), *self.self_attn.split_heads(*heads, rotation)
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
         """What comes after it: [1, R, hidden], [1, heads, R, head_dim] -> [1, R, hidden]."""
@@ -226,7 +240,17 @@ class DraftLayer(nn.Module):
         if not self.takes_token:
             return hidden, self.input_layernorm(hidden)
         normed = self.hidden_norm(hidden)
-        return normed if self.norm_before_residual else hidden, torch.cat([self.input_layernorm(embedded), normed], -1)
+        return self._residual(hidden, normed), torch.cat([self.input_layernorm(embedded), normed], -1)
+
+    def _residual(self, hidden: Tensor, normed: Tensor) -> Tensor:
+        return normed if self.norm_before_residual else hidden
+
+    def _projections(self) -> tuple[Linear, Linear, Linear]:
+        return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """Of the projections' weights: what the token is multiplied with, and what the state is, [outputs, hidden] each."""
+        return torch.cat([part.weight for part in self._projections()]).chunk(2, 1)
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -191,19 +191,20 @@ class Eagle3Speculator(Speculator):
         and of the R that go on after it."""
         text, hidden = batch.tokens.flatten(), self._join(states.taps).view(1, -1, self.hidden_size)
         row, position = torch.arange(len(text), device=text.device), positions_in_documents(batch.document_ids).flatten()
-        embedded, memories, outputs = self._embed(text, readout), [Memory() for _ in self.layers], []
+        project_tokens = self.layers[0].project_tokens
+        of_tokens, memories, outputs = project_tokens(self._embed(text, readout)), [Memory() for _ in self.layers], []
         for step in range(self.steps):
             if step == 1:
                 row, position, hidden = rows, position[rows], hidden[:, rows]
             if step and self.config.ttt_tokens == "own":
                 drafted = self._likeliest(outputs[-1][:, rows] if step == 1 else outputs[-1], readout)
                 # Of all rows: ranks among which the embedding is divided look up as many each.
-                taken_in = self._embed(text.index_copy(0, rows, drafted), readout)[rows]
+                taken_in = project_tokens(self._embed(text.index_copy(0, rows, drafted), readout)[rows])
             else:  # past the end of the batch any token does: no pair there is supervised
-                taken_in = embedded[(row + 1 + step).clamp_max(len(text) - 1)]
+                taken_in = of_tokens.index_select(0, (row + 1 + step).clamp_max(len(text) - 1))
             rotation = Rotation.at((position + step)[None], self._frequencies_on(hidden), hidden.dtype)
             for layer, memory in zip(self.layers, memories):
-                residual, queries, keys, values = layer.project(hidden, taken_in[None], rotation)
+                residual, queries, keys, values = layer.project(hidden, taken_in if layer.takes_token else None, rotation)
                 memory.add(keys, values)
                 hidden = layer.finish(residual, attention(queries, memory, layer.window))
             outputs.append(self.norm(hidden))
