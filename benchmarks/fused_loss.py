@@ -32,9 +32,9 @@ from pathlib import Path
 
 import torch
 
+from spectitan.compiled import compile_loops
 from spectitan.config.loss_mixture import needs_teacher
 from spectitan.objectives import losses
-from spectitan.objectives.block_passes import compile_passes
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 
 ALLOCATORS = {
@@ -130,7 +130,7 @@ def call(process: subprocess.Popen) -> dict:
 def measure(arguments: argparse.Namespace) -> None:
     """A measuring process: one call for each line of standard input."""
     torch.set_num_threads(arguments.threads)
-    compile_passes(not arguments.eager)
+    compile_loops(not arguments.eager)
     vocabulary, width, rows = map(int, arguments.shapes[0].split("x"))
     run = prepare(arguments.way, arguments.losses[0], vocabulary, width, rows, getattr(torch, arguments.dtype), arguments.chunk_rows[0])
     before = resident("VmRSS")

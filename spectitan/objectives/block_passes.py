@@ -4,24 +4,16 @@ Compiled, the operations on a block become a few loops over each of its rows, wh
 one, and all blocks share their memory.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from spectitan import compiled
 from spectitan.objectives import mixture_pass, row_passes
 from spectitan.objectives.row_passes import Distributions
 
 _BLOCK_LOGITS = 1 << 20  # in float32 they stay in a CPU's cache
-
-_compiles = False
-
-
-def compile_passes(compiled: bool) -> None:
-    """Whether the passes made from now on are compiled, at their first use and for any number of rows."""
-    global _compiles
-    _compiles = compiled
 
 
 def block_pass(weights: Mapping[str, float], rows: int, chunk_rows: int, head: Tensor) -> "BlockPass":
@@ -43,7 +35,7 @@ class BlockPass:
     scratch_blocks = 0  # as much memory as a block has, in the dtype of statistics: so many times
 
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
-        self.head, self.dtype, self.compiled = head, torch.promote_types(head.dtype, torch.float32), _compiles
+        self.head, self.dtype, self.compiled = head, torch.promote_types(head.dtype, torch.float32), compiled.is_wanted()
         self.copies_teacher = head.dtype != self.dtype
         block_rows = _BLOCK_LOGITS // len(head)
         if self.compiled:
@@ -81,12 +73,8 @@ class BlockPass:
 
     def _run(self, operations: Callable, logits: Tensor, *inputs):
         """operations(scratch, logits, *inputs), compiled if this pass is: then there is no scratch."""
-        if not self.compiled:
-            return operations([memory[: len(logits)] for memory in self.memory], logits, *inputs)
-        for x in (logits, *inputs):
-            if isinstance(x, Tensor):
-                torch._dynamo.maybe_mark_dynamic(x, 0)
-        return _compiled(operations)([], logits, *inputs)
+        scratch = [memory[: len(logits)] for memory in self.memory]
+        return compiled.call(operations, scratch, logits, *inputs, rows=0)
 
 
 class CePass(BlockPass):
@@ -193,8 +181,3 @@ def _widen(logits: Tensor, scratch: list[Tensor]) -> Tensor:
 
 def _take(scratch: list[Tensor]) -> Tensor | None:
     return scratch.pop() if scratch else None
-
-
-@functools.cache
-def _compiled(operations: Callable) -> Callable:
-    return torch.compile(operations)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectitan import compiled
 from spectitan.config.tables import Config
 from spectitan.distributed.fsdp import apply_fsdp, master_dtype
 from spectitan.distributed.mesh import Distributed
@@ -12,7 +13,6 @@ from spectitan.distributed.tensor_parallel import apply_tp
 from spectitan.errors import UserError
 from spectitan.models.families import arch_of
 from spectitan.models.registry import fill_model, get_model
-from spectitan.objectives.block_passes import compile_passes
 from spectitan.run.inputs import Inputs
 from spectitan.speculators.base import Speculator
 from spectitan.speculators.registry import build_objective
@@ -71,7 +71,7 @@ def parallelize(
         apply_activation_checkpointing(base.layers)
     blocks = [] if config.base.arch == "hf" else base.layers  # transformers' own code runs as it is
     methods = speculator.backbone() if speculator is not None else []
-    compile_passes(apply_compile(config.compile.enabled, world.device, blocks, methods))
+    compiled.compile_loops(apply_compile(config.compile.enabled, world.device, blocks, methods))
     apply_fsdp(
         base,
         nn.Module() if speculator is None else speculator,

@@ -123,7 +123,7 @@ class Eagle3Speculator(Speculator):
         return torch.arange(self.draft_vocab_size, device=self.d2t.device) + self.d2t
 
     def backbone(self) -> list[tuple[nn.Module, str]]:
-        return [(layer, name) for layer in self.layers for name in ("project", "finish")]
+        return [(layer, name) for layer in self.layers for name in ("project", "finish")] + [(self.norm, "forward")]
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices from N(0, initializer_range^2) of the base; norms 1. An embedding or head of its own: see `init_from_base`."""

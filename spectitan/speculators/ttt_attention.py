@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
+from spectitan import compiled
 from spectitan.errors import UserError
 from spectitan.models import packed_attention
 from spectitan.models.kv_cache import Slots
@@ -94,11 +95,8 @@ class TTTAttention:
             own_keys, own_values = own_keys[max(0, step - window) :], own_values[max(0, step - window) :]
         rows = self.rows if step else None
         if self.backend == "sdpa":
-            # In float32: on a CPU the fused backward takes half the time there, and in bfloat16 makes kernels, which it keeps, for each
-            # new length of a document.
-            wide = torch.promote_types(queries.dtype, torch.float32)
-            inputs = (x.to(wide) for x in (queries, block_keys, block_values, *own_keys, *own_values))
-            return _PerDocument.apply(self._plan(reach, self._pieces), reach, rows, *inputs).to(queries.dtype)
+            pieces = self._plan(reach, self._pieces)
+            return _PerDocument.apply(pieces, reach, rows, queries, block_keys, block_values, *own_keys, *own_values)
         attended, lse = self._block(_spread(queries, rows, length), block_keys, block_values, reach)
         return _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)[0] if step else attended
 
@@ -145,15 +143,18 @@ class _PerDocument(torch.autograd.Function):
 
     Given the merged output and log-sum-exp, the fused backward of the block gives exactly the block's share of the gradient:
     its weights are exp(score - log-sum-exp), whatever else the log-sum-exp holds (as in ring attention).
+
+    In float32: on a CPU the fused kernels are no faster in bfloat16, and make others, which they keep, for each new length of a
+    document. What is kept for the backward has the dtype of the inputs.
     """
 
     @staticmethod
     def forward(ctx, pieces, reach, rows, queries, keys, values, *own):
         own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
-        spread = _spread(queries, rows, keys.shape[2])
-        attended, lse = _by_pieces(_fused_piece, pieces, reach, spread, *_for_each_head(queries, keys, values))
-        if own:
-            attended, lse = _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)
+        spread = _spread(_widen(queries), rows, keys.shape[2])
+        attended, lse = _by_pieces(_fused_piece, pieces, reach, spread, *_for_each_head(queries, _widen(keys), _widen(values)))
+        merged, lse = _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)
+        attended = torch.empty_like(queries).copy_(merged)  # row by row, as queries lie
         ctx.pieces, ctx.reach, ctx.rows = pieces, reach, rows
         ctx.save_for_backward(queries, keys, values, attended, lse, *own)
         return attended
@@ -164,25 +165,16 @@ class _PerDocument(torch.autograd.Function):
         queries, keys, values, attended, lse, *own = ctx.saved_tensors
         own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
         length = keys.shape[2]
-        spread = [_spread(x, ctx.rows, length) for x in (queries, d_attended, attended, lse)]
-        d_queries, d_keys, d_values = _block_backward(ctx.pieces, ctx.reach, *spread, *_for_each_head(queries, keys, values))
+        spread = [_spread(_widen(x), ctx.rows, length) for x in (queries, d_attended, attended, lse)]
+        repeated = _for_each_head(queries, _widen(keys), _widen(values))
+        d_queries, d_keys, d_values = _block_backward(ctx.pieces, ctx.reach, *spread, *repeated)
         d_queries, d_keys, d_values = _gather(d_queries, ctx.rows), _sum_groups(d_keys, keys), _sum_groups(d_values, values)
         d_own_keys, d_own_values = [], []
-        if own:
-            scale, wide = queries.shape[3] ** -0.5, lse.dtype
-            groups = (1, keys.shape[1], -1, queries.shape[2], queries.shape[3])
-            q, d_out = queries.view(groups).to(wide), d_attended.reshape(groups).to(wide)
-            offset = (d_out * attended.view(groups).to(wide)).sum(-1)
-            d_q = d_queries.view(groups).to(wide)
-            for key, value, score in zip(own_keys, own_values, _own_scores(queries, own_keys)):
-                key, value = key[:, :, None].to(wide), value[:, :, None].to(wide)
-                weight = (score - lse).exp().view(groups[:-1])
-                d_score = (weight * ((d_out * value).sum(-1) - offset) * scale)[..., None]
-                d_q = d_q + d_score * key
-                d_own_keys.append((d_score * q).sum(2).to(keys.dtype))
-                d_own_values.append((weight[..., None] * d_out).sum(2).to(values.dtype))
-            d_queries = d_q.to(queries.dtype).view_as(queries)
-        return None, None, None, d_queries, d_keys, d_values, *d_own_keys, *d_own_values
+        for key, value in zip(own_keys, own_values):
+            d_queries, d_key, d_value = compiled.call(_own_backward, queries, d_attended, attended, lse, key, value, d_queries, rows=2)
+            d_own_keys.append(d_key)
+            d_own_values.append(d_value)
+        return None, None, None, d_queries.to(queries.dtype), d_keys, d_values, *d_own_keys, *d_own_values
 
 
 def _by_pieces(attend, pieces: list[Piece], reach: int, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,21 +234,46 @@ def _bias(band: Tensor | None, piece: Piece) -> Tensor | None:
 
 def _merge(queries: Tensor, attended: Tensor, lse: Tensor, own_keys, own_values) -> tuple[Tensor, Tensor]:
     """The block's output and log-sum-exp with the diagonals' terms added."""
-    scores = _own_scores(queries, own_keys)
-    total = torch.stack([lse, *scores]).logsumexp(0)
-    groups = (1, own_keys[0].shape[1], -1, *queries.shape[2:])
-    merged = attended.view(groups) * (lse - total).exp().view(groups[:-1])[..., None]
-    for score, value in zip(scores, own_values):
-        merged = merged + (score - total).exp().view(groups[:-1])[..., None] * value[:, :, None]
-    return merged.to(queries.dtype).view_as(queries), total
+    for key, value in zip(own_keys, own_values):
+        attended, lse = compiled.call(_add_own, queries, attended, lse, key, value, rows=2)
+    return attended.to(queries.dtype), lse
 
 
-def _own_scores(queries: Tensor, own_keys) -> list[Tensor]:
-    """[1, heads, R] of each step, in float32 or wider."""
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    scaled = queries.to(wide) * queries.shape[3] ** -0.5
-    groups = (1, own_keys[0].shape[1], -1, *queries.shape[2:])
-    return [(scaled.view(groups) * key[:, :, None]).sum(-1).view(queries.shape[:3]) for key in own_keys]
+# ---- a diagonal: for torch.compile, which makes one loop over the rows of each function ----
+
+
+def _add_own(queries: Tensor, attended: Tensor, lse: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, in float32 or wider, and log-sum-exp of what each row has attended to and its own key."""
+    score = _own_score(queries, key)
+    total = torch.logaddexp(lse, score)
+    before, now = ((x - total).exp()[..., None] for x in (lse, score))
+    return before * attended + now * _repeat(_widen(value), queries), total
+
+
+def _own_backward(queries, d_attended, attended, lse, key, value, d_queries) -> tuple[Tensor, Tensor, Tensor]:
+    """d_queries, in float32 or wider, with the diagonal's share added; gradients of its keys and values."""
+    scaled, d_out = _widen(queries) * queries.shape[3] ** -0.5, _widen(d_attended)
+    weight = (_own_score(queries, key) - lse).exp()
+    d_score = weight * (d_out * (_repeat(_widen(value), queries) - _widen(attended))).sum(-1)
+    d_key = _sum_groups(d_score[..., None] * scaled, key)
+    d_value = _sum_groups(weight[..., None] * d_out, value)
+    d_queries = d_queries + (d_score * queries.shape[3] ** -0.5)[..., None] * _repeat(_widen(key), queries)
+    return d_queries, d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+def _own_score(queries: Tensor, key: Tensor) -> Tensor:
+    """[1, heads, R], in float32 or wider."""
+    return (_widen(queries) * _repeat(_widen(key), queries)).sum(-1) * queries.shape[3] ** -0.5
+
+
+def _repeat(shared: Tensor, queries: Tensor) -> Tensor:
+    """[1, kv_heads, R, head_dim] -> [1, heads, R, head_dim]: as `_for_each_head`, fused into what reads it."""
+    _, kv_heads, count, head_dim = shared.shape
+    return shared[:, :, None].expand(-1, -1, queries.shape[1] // kv_heads, -1, -1).reshape(1, -1, count, head_dim)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _for_each_head(queries: Tensor, *shared: Tensor) -> list[Tensor]:
@@ -267,7 +284,7 @@ def _for_each_head(queries: Tensor, *shared: Tensor) -> list[Tensor]:
 
 def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
     """Undoes `_for_each_head` for a gradient."""
-    return gradient.view(1, like.shape[1], -1, *like.shape[2:]).sum(2)
+    return gradient.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
 
 
 def _spread(x: Tensor, rows: Tensor | None, length: int) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from spectitan import compiled
 from spectitan.config.loss_mixture import loss_weights
 from spectitan.objectives import block_passes, fused_linear, losses, mixture_pass, row_passes
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
@@ -178,7 +179,7 @@ def test_the_pass_of_mixtures_on_given_logits(loss):
 @pytest.mark.parametrize("loss", FAST_AND_ALL)
 def test_compiled_passes(monkeypatch, loss):
     """One graph takes full blocks, what is left of them, and teachers, in float32 and from bfloat16 as the passes that are not compiled."""
-    monkeypatch.setattr(block_passes, "_compiles", True)
+    monkeypatch.setattr(compiled, "_wanted", True)
     monkeypatch.setattr(block_passes, "_BLOCK_LOGITS", 8 * 1009)
     torch._dynamo.reset()
     assert_equals_oracle(make_case(45), loss, 1e-5, chunk_rows=20)
@@ -188,7 +189,7 @@ def test_compiled_passes(monkeypatch, loss):
     case = make_case(45, dtype=torch.bfloat16)
     total, row_stats = fused(case, loss, 20)
     gradients = torch.autograd.grad(total, case[:2])
-    monkeypatch.setattr(block_passes, "_compiles", False)
+    monkeypatch.setattr(compiled, "_wanted", False)
     expected, expected_stats = fused(case, loss, 20)
     assert_near(row_stats, expected_stats.double(), 1e-5)
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, case[:2])):

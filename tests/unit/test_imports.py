@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "spectitan").rglob("*.py"))
 
 PROGRAMS = {"train", "evaluate", "export", "generate", "prepare"}
-LEAVES = {"types", "errors", "files", "heartbeat", "hub", "keyed_random", "signals", "config.sections", "config.loss_mixture"}
+LEAVES = {"types", "errors", "compiled", "files", "heartbeat", "hub", "keyed_random", "signals", "config.sections", "config.loss_mixture"}
 # Part -> the parts that it may import besides the leaves and itself. A part is a file or a folder of spectitan/.
 MAY_IMPORT = {
     "config": set(),
