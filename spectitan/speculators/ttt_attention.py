@@ -93,7 +93,7 @@ class TTTAttention:
         reach = length if window == -1 else min(length, max(0, window - step))
         if window != -1:
             own_keys, own_values = own_keys[max(0, step - window) :], own_values[max(0, step - window) :]
-        rows = self.rows if step else None
+        rows = self.rows if step and len(self.rows) < length else None  # None: all
         if self.backend == "sdpa":
             pieces = self._plan(reach, self._pieces)
             return _PerDocument.apply(pieces, reach, rows, queries, block_keys, block_values, *own_keys, *own_values)
@@ -180,7 +180,7 @@ class _PerDocument(torch.autograd.Function):
 def _by_pieces(attend, pieces: list[Piece], reach: int, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of all rows; 0 and -inf where no piece has a row."""
     wide = torch.promote_types(queries.dtype, torch.float32)
-    attended, lse = torch.zeros_like(queries), torch.full(queries.shape[:3], -torch.inf, dtype=wide, device=queries.device)
+    attended, lse = _blank(queries, pieces), torch.full(queries.shape[:3], -torch.inf, dtype=wide, device=queries.device)
     band = _band(pieces, reach, queries)
     for piece in pieces:
         q, k, v = queries[:, :, piece.queries], keys[:, :, piece.keys], values[:, :, piece.keys]
@@ -205,7 +205,7 @@ def _eager_piece(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | N
 
 def _block_backward(pieces, reach, queries, d_attended, attended, lse, keys, values) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of all rows' queries, and of keys and values by head. A row outside `rows` has query and gradient 0, and adds 0."""
-    d_queries, d_keys, d_values = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    d_queries, d_keys, d_values = _blank(queries, pieces), torch.zeros_like(keys), torch.zeros_like(values)
     band = _band(pieces, reach, queries)
     for piece in pieces:
         at, seen, bias = piece.queries, piece.keys, _bias(band, piece)
@@ -217,6 +217,12 @@ def _block_backward(pieces, reach, queries, d_attended, attended, lse, keys, val
         d_keys[:, :, seen] += d_k
         d_values[:, :, seen] += d_v
     return d_queries, d_keys, d_values
+
+
+def _blank(queries: Tensor, pieces: list[Piece]) -> Tensor:
+    """Memory for what each row gets of its piece; 0 unless every row has one."""
+    rows = sum(piece.queries.stop - piece.queries.start for piece in pieces)
+    return torch.empty_like(queries) if rows == queries.shape[2] else torch.zeros_like(queries)
 
 
 def _band(pieces: list[Piece], reach: int, like: Tensor) -> Tensor | None:
