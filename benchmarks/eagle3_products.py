@@ -12,7 +12,8 @@ from spectitan.models.weights import resolve_base_path
 def products_of(run: Run) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(left, right, out) of each, of EAGLE-3 with one layer and three steps, every row supervised.
 
-    Heads go by blocks of rows, because one product of all rows is slower where its logits leave the cache.
+    As the model is written: each step multiplies the embeddings that it takes in, which ours does once for all steps. Heads go by
+    blocks of rows, because one product of all rows is slower where its logits leave the cache.
     """
     config = json.loads((resolve_base_path(run.base) / "config.json").read_text())
     hidden, intermediate, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]

@@ -60,6 +60,7 @@ def train_main(run: Run, dump_folder: Path, *flags: str) -> None:
         "training.num_steps": run.steps,
         "training.micro_batch_size": run.rows,
         "training.compute_dtype": run.dtype,
+        "compile.enabled": "true",
         "objective.loss": "kl_div",
         "optimizer.lr": run.lr,
         "optimizer.betas": "0.9,0.999",

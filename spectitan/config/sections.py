@@ -335,7 +335,7 @@ class Metrics:
 class Compile:
     enabled: str = key(
         "auto",
-        "torch.compile of base, speculator and losses: auto where a GPU is found, or a C++ compiler: on a CPU not the speculator",
+        "torch.compile of base, speculator and losses: auto where a GPU is found, or a C++ compiler: on a CPU not the speculator's layers",
         choices=("auto", "true", "false"),
     )
 

@@ -317,16 +317,17 @@ class Eagle3Speculator(Speculator):
         no gradient (the base's states; the frozen head)."""
         later = max(targets_per_step[1:], default=0)
         rows = tokens + (self.steps - 1) * later
-        layers = 6 * rows * sum(layer.matrix_elements() for layer in self.layers)
         projections = self.layers[0].self_attn
-        from_tokens = 0
-        if not self.config.embed_requires_grad:
-            outputs = sum(part.out_features for part in (projections.q_proj, projections.k_proj, projections.v_proj))
-            from_tokens = 2 * rows * self.hidden_size * outputs
+        outputs = sum(part.out_features for part in (projections.q_proj, projections.k_proj, projections.v_proj))
+        layers = 6 * rows * sum(layer.matrix_elements() for layer in self.layers)
+        pairs, head, drafts = sum(targets_per_step), self.hidden_size * self.draft_vocab_size, 0
+        if self.config.ttt_tokens == "own":
+            drafts = 2 * (rows - tokens) * head
+        else:  # the text's tokens are the same at all steps
+            layers -= 6 * (rows - tokens) * self.hidden_size * outputs
         join = 4 * tokens * self.fc.weight.numel()
-        pairs, head = sum(targets_per_step), self.hidden_size * self.draft_vocab_size
         teacher = 2 * max(targets_per_step) * head if needs_teacher(self.loss) else 0
-        return layers - from_tokens + join + (6 if self.config.train_head else 4) * pairs * head + teacher
+        return layers + join + drafts + (6 if self.config.train_head else 4) * pairs * head + teacher
 
 
 def _rows_that_go_on(needed: Tensor, length: int) -> Tensor:

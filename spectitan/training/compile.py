@@ -27,7 +27,7 @@ def apply_compile(
         enabled: `compile.enabled`; auto compiles on a GPU, and on a CPU if there is a C++ compiler.
         blocks: whole modules, whose inputs keep their shapes.
         methods: modules and the names of their methods, whose inputs have another number of rows each time. With auto they stay eager on
-            a CPU, where compiled they are no faster.
+            a CPU, where a step gains 2 to 4%: in a short run, less than compiling takes.
         backend: as torch.compile's.
 
     Raises:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
+from spectitan import compiled
 from spectitan.config.sections import Objective
 from spectitan.errors import UserError
 from spectitan.models import packed_attention
@@ -304,6 +306,41 @@ def test_long_documents_in_a_window_go_by_bands(window):
         queries, memory = random_attention_inputs(rows, length, steps)
         both = [TTTAttention(name, ids, document_spans(ids), rows)(queries, memory, window) for name in ("sdpa", "eager")]
         torch.testing.assert_close(*both, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_diagonals(monkeypatch):
+    """One graph each way serves every step and any number of rows."""
+    results = {}
+    for wanted in (False, True):
+        monkeypatch.setattr(compiled, "_wanted", wanted)
+        torch._dynamo.reset()
+        for length, stride, steps in ((45, 2, 3), (67, 1, 2)):
+            ids, rows = torch.arange(length)[None] // 31, torch.arange(0, length, stride)
+            queries, memory = random_attention_inputs(rows, length, steps)
+            leaves = [x.requires_grad_() for x in (queries, *memory.keys, *memory.values)]
+            with torch._dynamo.config.patch(error_on_recompile=length == 67):
+                attended = TTTAttention("sdpa", ids, document_spans(ids), rows)(queries, memory, -1)
+                results[wanted, length] = attended, *torch.autograd.grad(attended.square().sum(), leaves)
+    for length in (45, 67):
+        torch.testing.assert_close(results[True, length], results[False, length], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("keys", [{}, dict(num_layers=2, ttt_tokens="own"), dict(train_head=True, ttt_steps=5)])
+def test_useful_flops(keys, monkeypatch):
+    """As PyTorch counts the products, attention's scores apart."""
+    monkeypatch.setattr(eagle3, "_ROWS", 1)
+    batch = make_batch([[(0, 33)]], 33)._replace(loss_mask=torch.ones(1, 33, dtype=torch.bool))
+    speculator, readout = make_speculator(**keys), make_readout()
+    speculator.chunk_rows = 1000
+    targets, states = speculator.align(batch), make_states(speculator, batch)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        speculator(batch, states, targets, targets.counts, readout).total.backward()
+    products = counter.get_flop_counts()["Global"]
+    counted = products[torch.ops.aten.mm] + products[torch.ops.aten.addmm]
+    if speculator.config.train_head:  # its gradient is summed in place, which PyTorch does not count
+        counted += 2 * int(targets.counts.sum()) * HIDDEN * VOCAB
+    assert counted == speculator.flops(targets.counts.tolist(), 33)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
