@@ -141,7 +141,9 @@ class Data:
     holdout: float = key(
         0.0, "share of files (text) or rows (all other formats) held out for evaluation, chosen by hash", minimum=0, maximum=0.5
     )
-    val_path: str = key("", "evaluation text: what data.path may be, in any of the formats; empty: the held-out share")
+    val_path: str = key(
+        "", "evaluation text: what data.path may be, in any of the formats; empty: the held-out share, which is never trained on"
+    )
     on_invalid: str = key("error", "what cannot be read: stop, or skip it, name it and count it", choices=("error", "skip"))
     drop_overlap: str = key(
         "", "prompts file (as eval.prompts): documents that contain 64 consecutive tokens of a prompt are dropped, counted"
