@@ -91,11 +91,11 @@ def run_killed(program: str, flags: list[str], output: Path, *accident, **keys) 
 
 def join(started: list[multiprocessing.Process]) -> list[int | None]:
     """The exit codes; when one process fails, the others, which would wait for it, are ended."""
-    while any(process.exitcode is None for process in started):
+    while running := [process for process in started if process.exitcode is None]:  # asked once: to wait for none of them has no end
         if any(process.exitcode for process in started):
             for process in started:
                 process.kill()
-        multiprocessing.connection.wait([process.sentinel for process in started if process.exitcode is None])
+        multiprocessing.connection.wait([process.sentinel for process in running])
     return [process.exitcode for process in started]
 
 
