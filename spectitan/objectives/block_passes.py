@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectitan import compiled
 from spectitan.objectives import mixture_pass, row_passes
+from spectitan.objectives.kept_memory import kept_memory
 from spectitan.objectives.row_passes import Distributions
 
 _BLOCK_LOGITS = 1 << 20  # in float32 they stay in a CPU's cache
@@ -89,7 +90,7 @@ class _TeacherPass(BlockPass):
 
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
         super().__init__(rows, chunk_rows, head)
-        self.copy = self._memory(min(rows, chunk_rows)) if self.copies_teacher else None
+        self.copy = kept_memory("teacher", min(rows, chunk_rows), head, self.dtype) if self.copies_teacher else None
 
     def read_teacher(self, logits: Tensor) -> None:
         """Takes in a chunk's teachers: logits [U, V], which it overwrites."""

@@ -1,8 +1,8 @@
 """Output head and loss in one: no [N, vocabulary] tensor lives, and gradients are made in the forward.
 
 The rows are walked in chunks. A chunk's logits are overwritten by their own gradient, which at once goes into the gradients
-of hidden states and head; the backward pass only scales those. All chunks use the same memory: on a CPU, fresh memory of that
-size costs more than the arithmetic on it.
+of hidden states and head; the backward pass only scales those. All chunks, and on a CPU all steps, use the same memory: there,
+fresh memory of that size costs more than the arithmetic on it.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from spectitan.config.loss_mixture import loss_weights, needs_teacher
 from spectitan.objectives.block_passes import RehearsedPass, block_pass
+from spectitan.objectives.kept_memory import kept_memory
 from spectitan.objectives.vocab_parallel import VOCAB_PARALLEL, vocab_parallel_loss
 from spectitan.types import to_device
 
@@ -127,10 +128,10 @@ class _Chunks:
     def __init__(self, weight: Tensor, weights: Mapping[str, float], targets: Tensor, teacher: Teacher | None, rows: int, chunk_rows: int):
         self.weight, self.targets, self.teacher = weight, targets[:, None], teacher
         self.row_pass = _row_pass(weight)(weights, rows, chunk_rows, weight)
-        self.logits = weight.new_empty(min(rows, chunk_rows), len(weight))
+        self.logits = kept_memory("logits", min(rows, chunk_rows), weight)
         if teacher is not None:
             self.teacher_rows = teacher.rows.cpu()
-            self.teacher_logits = self.logits if self.row_pass.copies_teacher else torch.empty_like(self.logits)
+            self.teacher_logits = self.logits if self.row_pass.copies_teacher else kept_memory("teacher", len(self.logits), weight)
 
     def score(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """row_stats of a chunk; d_logits [rows, V] and factors [rows, 1], whose product is the gradient on its logits."""
