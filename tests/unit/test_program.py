@@ -219,3 +219,25 @@ def test_reader_of_the_output_may_leave():
     writer.stdout.close()
     assert writer.stderr.read() == b""
     assert writer.wait(LONG) == 128 + signal.SIGPIPE
+
+
+KEPT_MESH = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from spectitan import program
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+for _ in range(3):
+    flag = torch.tensor([0])
+    dist.all_reduce(flag)
+dist.destroy_process_group()
+program.end(3)
+"""
+
+
+def test_the_end_does_not_wait_for_threads_of_gloo(tmp_path):
+    """They let go of the last collective's tensor while Python ends, which it does not bear: of pairs that end by sys.exit, half abort."""
+    environment = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    pairs = [(str(tmp_path / str(pair)), str(rank)) for pair in range(4) for rank in range(2)]
+    ranks = [subprocess.Popen([sys.executable, "-c", KEPT_MESH, *arguments], env=environment) for arguments in pairs]
+    assert [rank.wait(LONG) for rank in ranks] == [3] * len(ranks)
