@@ -36,14 +36,14 @@ class BlockPass:
     scratch_blocks = 0  # as much memory as a block has, in the dtype of statistics: so many times
 
     def __init__(self, rows: int, chunk_rows: int, head: Tensor):
-        self.head, self.dtype, self.compiled = head, torch.promote_types(head.dtype, torch.float32), compiled.is_wanted()
+        self.head, self.dtype, self.is_compiled = head, torch.promote_types(head.dtype, torch.float32), compiled.is_wanted()
         self.copies_teacher = head.dtype != self.dtype
         block_rows = _BLOCK_LOGITS // len(head)
-        if self.compiled:
+        if self.is_compiled:
             block_rows = max(block_rows, torch.get_num_threads())  # a thread takes whole rows
         on_cpu = head.device.type == "cpu"  # a GPU takes a chunk at once
         self.block_rows = max(1, min(chunk_rows, block_rows)) if on_cpu else chunk_rows
-        count = 0 if self.compiled else self.scratch_blocks + self.copies_teacher
+        count = 0 if self.is_compiled else self.scratch_blocks + self.copies_teacher
         self.memory = [self._memory(min(rows, self.block_rows)) for _ in range(count)]
 
     def score(self, logits: Tensor, targets: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -205,25 +205,36 @@ class DraftLayer(nn.Module):
         self, hidden: Tensor, embedded: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache, index: int, slots: Slots
     ) -> Tensor:
         """[batch, m, hidden] -> [batch, m, hidden], with a cache; arguments as DecoderLayer's."""
-        residual, x = self._inputs(hidden, embedded)
+        residual, x = hidden, self.input_layernorm(embedded if self.takes_token else hidden)
+        if self.takes_token:
+            normed = self.hidden_norm(hidden)
+            residual, x = self._residual(hidden, normed), torch.cat([x, normed], -1)
         return self._add_mlp(residual + self.self_attn(x, rotation, mask, cache, index, slots))
 
-    def project_tokens(self, embedded: Tensor) -> Tensor:
-        """What tokens add to queries, keys and values, side by side: [R, hidden] -> [R, outputs]. Each step takes in most of the same
-        tokens: the products of a token are made once."""
-        biases = [part.bias for part in self._projections()]
-        return F.linear(self.input_layernorm(embedded), self._halves()[0], None if biases[0] is None else torch.cat(biases))
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Of the first layer's projections to queries, keys and values, side by side: the weight for tokens and that for states, [outputs,
+        hidden] each."""
+        return torch.cat([part.weight for part in self._projections()]).chunk(2, 1)
 
-    def project(self, hidden: Tensor, of_tokens: Tensor | None, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project_tokens(self, embedded: Tensor, weight: Tensor) -> Tensor:
+        """What tokens add to queries, keys and values, biases included: [R, hidden] -> [R, outputs]. Most tokens are taken in at
+        each step; this is made once for all."""
+        biases = [part.bias for part in self._projections()]
+        return F.linear(self.input_layernorm(embedded), weight, None if biases[0] is None else torch.cat(biases))
+
+    def project(
+        self, hidden: Tensor, of_tokens: Tensor | None, weight: Tensor | None, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What comes before attention: [1, R, hidden] -> residual, queries, keys, values.
 
         Args:
             of_tokens: [R, outputs], of the tokens that the rows take in; of the first layer.
+            weight: for states, of `halves`; of the first layer.
         """
         if not self.takes_token:
             return hidden, *self.self_attn.project(self.input_layernorm(hidden), rotation)
         normed = self.hidden_norm(hidden)
-        projected = torch.addmm(of_tokens, normed[0], self._halves()[1].T)[None]
+        projected = torch.addmm(of_tokens, normed[0], weight.T)[None]
         heads = projected.split([part.out_features for part in self._projections()], 2)
         return self._residual(hidden, normed), *self.self_attn.split_heads(*heads, rotation)
 
@@ -235,22 +246,11 @@ class DraftLayer(nn.Module):
         """Multiply-adds of a row."""
         return sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
 
-    def _inputs(self, hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual, and what attention reads."""
-        if not self.takes_token:
-            return hidden, self.input_layernorm(hidden)
-        normed = self.hidden_norm(hidden)
-        return self._residual(hidden, normed), torch.cat([self.input_layernorm(embedded), normed], -1)
-
     def _residual(self, hidden: Tensor, normed: Tensor) -> Tensor:
         return normed if self.norm_before_residual else hidden
 
     def _projections(self) -> tuple[Linear, Linear, Linear]:
         return self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
-
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        """Of the projections' weights: what the token is multiplied with, and what the state is, [outputs, hidden] each."""
-        return torch.cat([part.weight for part in self._projections()]).chunk(2, 1)
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))

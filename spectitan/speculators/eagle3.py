@@ -191,20 +191,23 @@ class Eagle3Speculator(Speculator):
         and of the R that go on after it."""
         text, hidden = batch.tokens.flatten(), self._join(states.taps).view(1, -1, self.hidden_size)
         row, position = torch.arange(len(text), device=text.device), positions_in_documents(batch.document_ids).flatten()
-        project_tokens = self.layers[0].project_tokens
-        of_tokens, memories, outputs = project_tokens(self._embed(text, readout)), [Memory() for _ in self.layers], []
+        for_tokens, for_states = self.layers[0].halves()
+        of_tokens = self.layers[0].project_tokens(self._embed(text, readout), for_tokens)
+        memories, outputs = [Memory() for _ in self.layers], []
         for step in range(self.steps):
             if step == 1:
                 row, position, hidden = rows, position[rows], hidden[:, rows]
             if step and self.config.ttt_tokens == "own":
                 drafted = self._likeliest(outputs[-1][:, rows] if step == 1 else outputs[-1], readout)
                 # Of all rows: ranks among which the embedding is divided look up as many each.
-                taken_in = project_tokens(self._embed(text.index_copy(0, rows, drafted), readout)[rows])
+                embedded = self._embed(text.index_copy(0, rows, drafted), readout)[rows]
+                taken_in = self.layers[0].project_tokens(embedded, for_tokens)
             else:  # past the end of the batch any token does: no pair there is supervised
                 taken_in = of_tokens.index_select(0, (row + 1 + step).clamp_max(len(text) - 1))
             rotation = Rotation.at((position + step)[None], self._frequencies_on(hidden), hidden.dtype)
             for layer, memory in zip(self.layers, memories):
-                residual, queries, keys, values = layer.project(hidden, taken_in if layer.takes_token else None, rotation)
+                of_first = (taken_in, for_states) if layer.takes_token else (None, None)
+                residual, queries, keys, values = layer.project(hidden, *of_first, rotation)
                 memory.add(keys, values)
                 hidden = layer.finish(residual, attention(queries, memory, layer.window))
             outputs.append(self.norm(hidden))
@@ -325,7 +328,7 @@ class Eagle3Speculator(Speculator):
             drafts = 2 * (rows - tokens) * head
         else:  # the text's tokens are the same at all steps
             layers -= 6 * (rows - tokens) * self.hidden_size * outputs
-        join = 4 * tokens * self.fc.weight.numel()
+        join = (6 if self.config.norm_before_fc or self.config.fc_norm else 4) * tokens * self.fc.weight.numel()
         teacher = 2 * max(targets_per_step) * head if needs_teacher(self.loss) else 0
         return layers + join + drafts + (6 if self.config.train_head else 4) * pairs * head + teacher
 

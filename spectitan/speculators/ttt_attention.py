@@ -98,7 +98,7 @@ class TTTAttention:
             pieces = self._plan(reach, self._pieces)
             return _PerDocument.apply(pieces, reach, rows, queries, block_keys, block_values, *own_keys, *own_values)
         attended, lse = self._block(_spread(queries, rows, length), block_keys, block_values, reach)
-        return _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)[0] if step else attended
+        return _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values) if step else attended
 
     def _block(self, queries: Tensor, keys: Tensor, values: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """Attention over step 0 alone, of all rows, and its log-sum-exp [1, heads, T] in float32 or wider."""
@@ -150,11 +150,13 @@ class _PerDocument(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pieces, reach, rows, queries, keys, values, *own):
-        own_keys, own_values = own[: len(own) // 2], own[len(own) // 2 :]
+        queries, keys, values, *own = (x.detach() for x in (queries, keys, values, *own))  # or graphs would differ with their flags
         spread = _spread(_widen(queries), rows, keys.shape[2])
         attended, lse = _by_pieces(_fused_piece, pieces, reach, spread, *_for_each_head(queries, _widen(keys), _widen(values)))
-        merged, lse = _merge(queries, _gather(attended, rows), _gather(lse, rows), own_keys, own_values)
-        attended = torch.empty_like(queries).copy_(merged)  # row by row, as queries lie
+        attended, lse = _gather(attended, rows), _gather(lse, rows)
+        for key, value in zip(own[: len(own) // 2], own[len(own) // 2 :]):
+            attended, lse = compiled.call(_add_own, queries, attended, lse, key, value, rows=2)
+        attended = torch.empty_like(queries).copy_(attended)  # row by row, as queries lie
         ctx.pieces, ctx.reach, ctx.rows = pieces, reach, rows
         ctx.save_for_backward(queries, keys, values, attended, lse, *own)
         return attended
@@ -238,11 +240,16 @@ def _bias(band: Tensor | None, piece: Piece) -> Tensor | None:
     return None if piece.causal else band[: piece.queries.stop - piece.queries.start, : piece.keys.stop - piece.keys.start]
 
 
-def _merge(queries: Tensor, attended: Tensor, lse: Tensor, own_keys, own_values) -> tuple[Tensor, Tensor]:
-    """The block's output and log-sum-exp with the diagonals' terms added."""
-    for key, value in zip(own_keys, own_values):
-        attended, lse = compiled.call(_add_own, queries, attended, lse, key, value, rows=2)
-    return attended.to(queries.dtype), lse
+def _merge(queries: Tensor, attended: Tensor, lse: Tensor, own_keys, own_values) -> Tensor:
+    """The block's output with the diagonals' terms added, differentiable: all at once, so that little is kept for the backward."""
+    wide = _widen(queries)
+    scores = [_own_score(wide, key) for key in own_keys]
+    total = torch.stack([lse, *scores]).logsumexp(0)
+    groups = (1, own_keys[0].shape[1], -1, *queries.shape[2:])
+    merged = attended.view(groups) * (lse - total).exp().view(groups[:-1])[..., None]
+    for score, value in zip(scores, own_values):
+        merged = merged + (score - total).exp().view(groups[:-1])[..., None] * value[:, :, None]
+    return merged.to(queries.dtype).view_as(queries)
 
 
 # ---- a diagonal: for torch.compile, which makes one loop over the rows of each function ----
@@ -269,7 +276,8 @@ def _own_backward(queries, d_attended, attended, lse, key, value, d_queries) -> 
 
 def _own_score(queries: Tensor, key: Tensor) -> Tensor:
     """[1, heads, R], in float32 or wider."""
-    return (_widen(queries) * _repeat(_widen(key), queries)).sum(-1) * queries.shape[3] ** -0.5
+    grouped = _widen(queries).unflatten(1, (key.shape[1], -1))
+    return (grouped * _widen(key)[:, :, None]).sum(-1).flatten(1, 2) * queries.shape[3] ** -0.5
 
 
 def _repeat(shared: Tensor, queries: Tensor) -> Tensor:

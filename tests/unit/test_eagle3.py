@@ -309,7 +309,7 @@ def test_long_documents_in_a_window_go_by_bands(window):
 
 
 def test_compiled_diagonals(monkeypatch):
-    """One graph each way serves every step and any number of rows."""
+    """The same numbers, and a graph serves other numbers of rows."""
     results = {}
     for wanted in (False, True):
         monkeypatch.setattr(compiled, "_wanted", wanted)
@@ -325,7 +325,7 @@ def test_compiled_diagonals(monkeypatch):
         torch.testing.assert_close(results[True, length], results[False, length], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("keys", [{}, dict(num_layers=2, ttt_tokens="own"), dict(train_head=True, ttt_steps=5)])
+@pytest.mark.parametrize("keys", [{}, dict(num_layers=2, ttt_tokens="own"), dict(train_head=True, ttt_steps=5), dict(fc_norm=True)])
 def test_useful_flops(keys, monkeypatch):
     """As PyTorch counts the products, attention's scores apart."""
     monkeypatch.setattr(eagle3, "_ROWS", 1)
