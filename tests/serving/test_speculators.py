@@ -89,7 +89,7 @@ def test_logits_of_its_forward_are_ours(case, worlds):
     rows, theirs = torch.arange(length), read[f"{case}.logits"]
     attention = TTTAttention("auto", batch.document_ids, document_spans(batch.document_ids), rows)
     with torch.no_grad():
-        outputs = speculator.norm(speculator._unroll(batch, states, rows, attention, base.readout))
+        outputs = speculator._unroll(batch, states, rows, attention, base.readout)
         head = speculator.lm_head.weight if speculator.config.train_head else speculator._rows_of_head(base.readout)
         ours = (outputs @ head.T).view(speculator.steps, length, -1)
     for step in range(speculator.steps):  # the last rows take in a token past the end
