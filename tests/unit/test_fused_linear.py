@@ -9,7 +9,7 @@ import torch
 
 from spectitan import compiled
 from spectitan.config.loss_mixture import loss_weights
-from spectitan.objectives import block_passes, fused_linear, losses, mixture_pass, row_passes
+from spectitan.objectives import block_passes, fused_linear, kept_memory, losses, mixture_pass, row_passes
 from spectitan.objectives.fused_linear import Teacher, fused_linear_loss
 
 SOFT = ("kl_div", "rkl", "jsd", "tv", "nla", "lk_hybrid", "ce_argmax")
@@ -337,3 +337,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - 2 * hidden.nby
 def test_memory_grows_by_less_than_a_twentieth_of_a_row_of_logits(loss):
     few, many = (int(subprocess.check_output([sys.executable, "-c", PEAK, loss, str(rows)])) for rows in (600, 1600))
     assert (many - few) / 1000 < 0.05 * 32000 * 4
+
+
+def test_memory_of_chunks_stays(monkeypatch):
+    """The next loss gets the same; one with more rows gets more; each name and dtype has its own."""
+    monkeypatch.setattr(kept_memory, "_kept", {})
+    head = torch.empty(11, 3)
+    first = kept_memory.kept_memory("logits", 7, head)
+    assert first.shape == (7, 11)
+    assert kept_memory.kept_memory("logits", 5, head).data_ptr() == first.data_ptr()
+    others = kept_memory.kept_memory("teacher", 7, head), kept_memory.kept_memory("logits", 7, head, torch.float64)
+    more = kept_memory.kept_memory("logits", 8, head)
+    assert more.shape == (8, 11) and len({x.data_ptr() for x in (first, *others, more)}) == 4
+    assert kept_memory.kept_memory("logits", 7, head).data_ptr() == more.data_ptr()
